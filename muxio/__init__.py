@@ -1,0 +1,34 @@
+"""Readiness I/O for Python on every system: one poller over epoll, kqueue, poll and select."""
+
+from muxio.backends import backends
+from muxio.events import (
+    EDGE,
+    ERROR,
+    EXCLUSIVE,
+    HANGUP,
+    ONESHOT,
+    PRIORITY,
+    READ,
+    READ_CLOSED,
+    WRITE,
+    describe,
+)
+from muxio.poller import Poller, Registration
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDGE",
+    "ERROR",
+    "EXCLUSIVE",
+    "HANGUP",
+    "ONESHOT",
+    "PRIORITY",
+    "READ",
+    "READ_CLOSED",
+    "WRITE",
+    "Poller",
+    "Registration",
+    "backends",
+    "describe",
+]

@@ -1,0 +1,93 @@
+"""What a poller needs of a kernel facility: the contract that every backend file fulfils."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterable
+
+#: Reported by a facility for a descriptor that is no longer open; poll(2)'s POLLNVAL. Never leaves the poller.
+INVALID = 0x20
+
+
+class Facility:
+    """One kernel facility, opened.
+
+    The poller calls everything but `wait` under its lock, and `wait` from one thread at a time; all the others may
+    come while `wait` blocks in another thread.
+    """
+
+    name: str
+    #: The combinations of interest and modes that `add` and `modify` take; whatever else comes, the poller refuses.
+    accepts: frozenset[int]
+    #: Whether a wait that is under way notices changes made by another thread. If not, the poller interrupts it.
+    sees_changes: bool
+    #: Whether the kernel may go on reporting a number after its descriptor was closed (then `verify` and `renew`).
+    outlives_close = False
+    #: The number under which `wait` reports a wake-up.
+    wake_fd: int
+
+    __slots__ = ()
+
+    def add(self, fd: int, events: int) -> None:
+        """Watch `fd`. OSError: EBADF, EPERM (files, directories), EEXIST where the kernel watches this very file."""
+        raise NotImplementedError
+
+    def modify(self, fd: int, events: int) -> None:
+        """Change what is watched, and arm it again. OSError where the kernel has lost the descriptor."""
+        raise NotImplementedError
+
+    def remove(self, fd: int) -> None:
+        """Watch `fd` no more. OSError where the kernel has lost the descriptor."""
+        raise NotImplementedError
+
+    def disarm(self, fd: int, events: int) -> None:
+        """Report `fd`, registered for `events`, no more until `modify`. It may be closed already."""
+        raise NotImplementedError
+
+    def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
+        """Wait for events: (number, bits) pairs, each number once, at most `max_events` and one for the wake-up.
+
+        timeout: seconds, at most a day; None for ever. It may come back empty before the time is over; how late it
+        may come back is the facility's resolution.
+        """
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        """Make the current or the next `wait` report `wake_fd`. Never blocks."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Take back all wake-ups so far."""
+        raise NotImplementedError
+
+    def verify(self, fd: int, events: int) -> int:
+        """Which of the bits reported for a number hold for the file that has the number now."""
+        return events
+
+    def renew(self, watched: Iterable[tuple[int, int]]) -> None:
+        """Get rid of everything that outlived its descriptor: begin anew with these (number, events)."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable while something is ready."""
+        raise io.UnsupportedOperation(f"the {self.name} backend has no descriptor of its own")
+
+
+def refuse_files(fd: int) -> None:
+    """Raise for what is always ready, as epoll_ctl(2) does: EPERM for regular files and directories, EBADF."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        raise PermissionError(errno.EPERM, "a regular file or a directory cannot be polled", fd)
+
+
+def take_turns(ready: list[tuple[int, int]], turn: int, max_events: int) -> list[tuple[int, int]]:
+    """A different `max_events` of the ready ones each turn, where the kernel returns all and rotates nothing."""
+    start = turn * max_events % len(ready)
+    return (ready[start:] + ready[:start])[:max_events]

@@ -1,0 +1,190 @@
+"""kqueue(2), the BSDs and macOS."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from muxio.backends.facility import INVALID, Facility, refuse_files
+from muxio.backends.waker import Waker
+from muxio.events import EDGE, ERROR, HANGUP, ONESHOT, PRIORITY, READ, READ_CLOSED, WRITE, combinations
+
+#: <sys/event.h> has it on all these systems, the select module does not name it.
+_EV_RECEIPT = 0x40
+
+#: EVFILT_EXCEPT and its NOTE_OOB, from each system's <sys/event.h>. FreeBSD and NetBSD have no such filter.
+_EXCEPT = {"darwin": (-15, 0x2), "dragonfly": (-8, 0x2), "openbsd": (-9, 0x4)}
+
+
+class Kevent(Protocol):
+    """select.kevent, as far as it is used here."""
+
+    ident: int
+    filter: int
+    flags: int
+    fflags: int
+    data: int
+
+
+class Kqueue(Protocol):
+    """select.kqueue, as far as it is used here."""
+
+    def control(
+        self, changelist: Sequence[Kevent] | None, max_events: int, timeout: float | None = None, /
+    ) -> list[Kevent]: ...
+    def close(self) -> None: ...
+    def fileno(self) -> int: ...
+
+
+class KqueueModule(Protocol):
+    """The select module of a system with kqueue, as far as it is used here; the tests have a double of it."""
+
+    KQ_FILTER_READ: int
+    KQ_FILTER_WRITE: int
+    KQ_EV_ADD: int
+    KQ_EV_DELETE: int
+    KQ_EV_ENABLE: int
+    KQ_EV_CLEAR: int
+    KQ_EV_EOF: int
+    KQ_EV_ERROR: int
+
+    def kqueue(self) -> Kqueue: ...
+    def kevent(self, ident: int, filter: int, flags: int, fflags: int, /) -> Kevent: ...
+
+
+def _native() -> KqueueModule:
+    import select
+
+    if not hasattr(select, "kqueue"):
+        raise ImportError("kqueue is a facility of the BSDs and macOS")
+    module: KqueueModule = select  # type: ignore[assignment, unused-ignore]
+    return module
+
+
+class Backend(Facility):
+    """Each bit of interest is a filter of its own, and so an event of its own: `wait` makes one of them.
+
+    ONESHOT is `disarm` here: EV_ONESHOT and EV_DISPATCH would disarm one filter of a descriptor and not the other.
+    """
+
+    name = "kqueue"
+    sees_changes = True
+
+    __slots__ = ("_except", "_filters", "_kqueue", "_module", "_oob", "_pid", "_waker", "accepts", "wake_fd")
+
+    def __init__(self, module: KqueueModule | None = None, system: str = sys.platform) -> None:
+        self._module = module or _native()
+        known = _EXCEPT.get(system.rstrip("0123456789"))
+        self._except, self._oob = known or (None, 0)
+        self.accepts = combinations(READ | WRITE | EDGE | ONESHOT | (PRIORITY if self._except else 0))
+        #: Number -> the filters that are in the kernel for it.
+        self._filters: dict[int, list[int]] = {}
+        self._pid = os.getpid()
+        self._kqueue = self._module.kqueue()
+        try:
+            self._waker = Waker()
+        except OSError:
+            self._kqueue.close()
+            raise
+        self.wake_fd = self._waker.fd
+        self.modify(self.wake_fd, READ)
+
+    def add(self, fd: int, events: int) -> None:
+        refuse_files(fd)
+        self.modify(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        self.disarm(fd, events)  # EV_ADD does not change the mode of a filter that is there (FreeBSD kern_event.c)
+        filters = [
+            (READ, self._module.KQ_FILTER_READ, 0),
+            (WRITE, self._module.KQ_FILTER_WRITE, 0),
+            (PRIORITY, self._except, self._oob),
+        ]
+        flags = self._module.KQ_EV_ADD | self._module.KQ_EV_ENABLE | (self._module.KQ_EV_CLEAR if events & EDGE else 0)
+        wanted = [(number, note) for bit, number, note in filters if events & bit and number is not None]
+        self._filters[fd] = [number for number, _ in wanted]
+        trouble = self._change(self._module.kevent(fd, number, flags, note) for number, note in wanted)
+        if trouble:
+            self.disarm(fd, events)
+            raise OSError(trouble, os.strerror(trouble))
+
+    def remove(self, fd: int) -> None:
+        self.disarm(fd, 0)
+
+    def disarm(self, fd: int, events: int) -> None:
+        # A filter may be gone already, with its descriptor: ENOENT or EBADF, the systems differ. Both are fine.
+        flags = self._module.KQ_EV_DELETE
+        self._change(self._module.kevent(fd, number, flags, 0) for number in self._filters.pop(fd, ()))
+
+    def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
+        found: dict[int, int] = {}
+        for event in self._kqueue.control(None, max_events, timeout):
+            bits = self._bits(event)
+            known = found.get(event.ident, 0)
+            if event.flags & self._module.KQ_EV_EOF and known & _ENDED:
+                bits |= HANGUP  # EV_EOF is about one direction, and this is the second
+            found[event.ident] = known | bits | (_ENDED if event.flags & self._module.KQ_EV_EOF else 0)
+        return [(fd, bits & ~_ENDED) for fd, bits in found.items()]
+
+    def wake(self) -> None:
+        self._waker.wake()
+
+    def drain(self) -> None:
+        self._waker.drain()
+
+    def close(self) -> None:
+        if os.getpid() == self._pid:
+            self._kqueue.close()
+        else:
+            # A kqueue is not inherited over fork(2): its number may be somebody else's in the child. Keep the object,
+            # so that not even its destructor closes that.
+            _not_ours.append(self._kqueue)
+        self._waker.close()
+
+    def fileno(self) -> int:
+        return self._kqueue.fileno()
+
+    def _change(self, changes: Iterable[Kevent]) -> int:
+        """Apply changes; returns the errno of the last that failed, or 0.
+
+        With EV_RECEIPT each change answers with an entry of its own, and there is room for just these: so no failure
+        cuts the others off, and no event is taken out of the kqueue by the way (polling#64, mio#911).
+        """
+        receipts = list(changes)
+        for change in receipts:
+            change.flags |= _EV_RECEIPT
+        answers = self._kqueue.control(receipts, len(receipts), 0) if receipts else ()
+        return next((answer.data for answer in reversed(answers) if answer.data), 0)
+
+    def _bits(self, event: Kevent) -> int:
+        if event.flags & self._module.KQ_EV_ERROR:
+            return INVALID
+        ended = event.flags & self._module.KQ_EV_EOF
+        bits = ERROR if ended and event.fflags else 0  # with EV_EOF, fflags is the socket's error
+        if event.filter == self._module.KQ_FILTER_READ:
+            bits |= READ
+            if ended:
+                bits |= HANGUP if _is_pipe(event.ident) else READ_CLOSED
+        elif event.filter == self._module.KQ_FILTER_WRITE:
+            bits |= WRITE
+            if ended and _is_pipe(event.ident):  # on a socket it may be our own SHUT_WR (FreeBSD filt_sowrite)
+                bits |= ERROR
+        elif event.fflags & self._oob and not ended:
+            bits |= PRIORITY
+        return bits
+
+
+#: Marks a number one of whose directions has ended, within `wait`.
+_ENDED = 1 << 32
+
+_not_ours: list[Kqueue] = []
+
+
+def _is_pipe(fd: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except OSError:
+        return False  # closed by another thread meanwhile

@@ -1,0 +1,66 @@
+"""poll(2), on every system but Windows."""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("Windows has no poll()")
+
+import math
+import select
+
+from muxio.backends.facility import Facility, refuse_files, take_turns
+from muxio.backends.waker import Waker
+from muxio.events import INTEREST, ONESHOT, READ, combinations
+
+#: POLLRDHUP is Linux's.
+_READ = READ | getattr(select, "POLLRDHUP", 0)
+
+
+class Backend(Facility):
+    name = "poll"
+    accepts = combinations(INTEREST | ONESHOT)
+    sees_changes = False
+
+    __slots__ = ("_poll", "_turn", "_waker", "wake_fd")
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._turn = 0
+        self._waker = Waker()
+        self.wake_fd = self._waker.fd
+        self._poll.register(self.wake_fd, READ)
+
+    def add(self, fd: int, events: int) -> None:
+        self.modify(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        refuse_files(fd)
+        self._poll.register(fd, events & INTEREST | (_READ if events & READ else 0))
+
+    def remove(self, fd: int) -> None:
+        try:
+            self._poll.unregister(fd)
+        except KeyError:
+            pass  # disarmed
+
+    def disarm(self, fd: int, events: int) -> None:
+        self.remove(fd)  # an empty interest would not do: ERR, HUP and NVAL are reported all the same
+
+    def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
+        ready = self._poll.poll(None if timeout is None else math.ceil(timeout * 1000))
+        if len(ready) <= max_events:
+            return ready
+        self._turn += 1
+        woken = [(fd, events) for fd, events in ready if fd == self.wake_fd]
+        return woken + take_turns([pair for pair in ready if pair not in woken], self._turn, max_events)
+
+    def wake(self) -> None:
+        self._waker.wake()
+
+    def drain(self) -> None:
+        self._waker.drain()
+
+    def close(self) -> None:
+        self._waker.close()

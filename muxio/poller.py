@@ -1,0 +1,604 @@
+"""The poller: registrations, keys, batches, wake-ups and deadlines over one kernel facility."""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import threading
+import weakref
+from time import monotonic
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from muxio.backends import NAMES, open_backend, probe
+from muxio.backends.facility import INVALID, Facility
+from muxio.events import (
+    EDGE,
+    ERROR,
+    EXCLUSIVE,
+    HANGUP,
+    HINTS,
+    ONESHOT,
+    READ,
+    READ_CLOSED,
+    WRITE,
+    describe,
+    objection,
+)
+
+#: How many events a `poll` returns unless told otherwise.
+MAX_EVENTS = 1024
+
+#: The longest single wait in seconds; a longer one is a loop of them. Every facility takes it.
+_LONGEST_WAIT = 86_400.0
+
+Key = TypeVar("Key")
+
+
+class HasFileno(Protocol):
+    """A socket, a pipe, a subprocess stream: anything that has a descriptor."""
+
+    def fileno(self) -> int: ...
+
+
+Source = int | HasFileno
+
+
+class Registration(NamedTuple):
+    """One entry of `Poller.registrations`."""
+
+    source: Source
+    fd: int
+    events: int  #: the bits that were asked for, modes included
+    key: Any
+
+
+#: No key was given. (None is a key like any other.)
+_SAME: Any = object()
+
+#: Events that say more than a handler has asked for, or of a source that is closed.
+_CARE = ERROR | HANGUP | INVALID
+
+#: The events as the facility gave them, the batch made of them, and where in it a number stands once that was asked.
+_Batch = list[Any]
+_NO_BATCH: _Batch = [(), (), {}]
+
+
+class _Unusable(Facility):
+    """Stands where the facility was, so that no call has to ask first whether it is still there."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(object.__getattribute__(self, "_reason"))
+
+
+class Poller(Generic[Key]):
+    """Waits until sockets, pipes and other descriptors are ready, and says which.
+
+    backend: a name out of `muxio.backends()`. Without one the environment variable ``MUXIO_BACKEND`` decides, and
+    without that the best facility that works here: epoll on Linux, kqueue on the BSDs and macOS, then poll, select.
+
+    A `Facility` that is open already does as well; the poller owns it then.
+
+    ValueError: no backend has that name. io.UnsupportedOperation: it does not work on this system.
+
+    Every method may be called from any thread, also while another thread waits in `poll`. In a signal handler only
+    `wake` is promised. In a forked child the poller refuses everything but `close`: make a new one there.
+    """
+
+    # How threads are kept apart, with or without a GIL:
+    #
+    # - `_lock` guards every change, every call of the facility but `wait`, and the careful way through a batch. It is
+    #   reentrant, so that a signal handler may `wake` whatever it interrupts. It is acquired inside the `try` whose
+    #   `finally` releases it: a handler that raises between the two would otherwise leave it locked for good.
+    # - `_waiter` admits one `poll` at a time: dict.setdefault is atomic. The value is a list of that call's own, so
+    #   its `finally` can tell whether it got in, wherever an exception struck.
+    # - A batch is translated without the lock. A change notes its number in `_touched` before it does anything, and
+    #   corrects the last batch when it is done; `poll` publishes the batch (one store), then looks at `_touched`.
+    #   Either `poll` sees the note and takes the careful way, or the change sees the batch: no stale event slips by.
+
+    def __init__(self, backend: str | Facility | None = None) -> None:
+        self._facility = backend if isinstance(backend, Facility) else _choose(backend)
+        self._open: Facility | None = self._facility
+        self._backend = self._facility.name
+        self._closed = False
+        self._start()
+        _pollers.add(self)
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()
+        self._acquire, self._release = self._lock.acquire, self._lock.release
+        self._waiter: dict[None, list[None]] = {}
+        self._woken = False
+        #: Number -> (source, events, key).
+        self._table: dict[int, tuple[Source, int, Any]] = {}
+        #: Number -> the (key, READ) that a plain READ event becomes, for the registrations whose events need no care.
+        #: One look-up and a tuple made beforehand are what an event costs: that makes `poll` fast.
+        self._ready: dict[int, tuple[Any, int]] = {}
+        #: Numbers of registrations that report nothing until `modify`.
+        self._disarmed: set[int] = set()
+        #: Numbers under which the kernel may report a file that is no longer theirs.
+        self._suspect: set[int] = set()
+        #: Numbers that were changed since the current wait began.
+        self._touched: set[int] = set()
+        self._last = _NO_BATCH
+
+    # Registrations
+
+    def register(self, source: Source, events: int, key: Key = _SAME) -> None:
+        """Watch a source for events.
+
+        source: a descriptor, or an object with ``fileno()``; the poller keeps a reference to it.
+        events: READ, WRITE, PRIORITY, any of them or 0, with modes (EDGE, ONESHOT, EXCLUSIVE) as `supports` allows.
+        key: what `poll` returns for it, any object, None too; the source itself unless given.
+
+        KeyError: the source is registered already, or its number is and the number's owner is not known to be gone.
+        ValueError: the bits make no sense. io.UnsupportedOperation: this backend cannot do them.
+        OSError: EBADF for a closed descriptor. PermissionError: a regular file or a directory.
+        """
+        fd = _number(source)
+        try:
+            self._acquire()
+            facility = self._facility
+            if events not in facility.accepts:
+                raise self._refusal(events)
+            self._touched.add(fd)
+            if fd in self._table:
+                self._take_over(fd, source, events)
+            else:
+                try:
+                    facility.add(fd, events)
+                except FileExistsError:  # left behind by a register() that an exception cut short
+                    facility.modify(fd, events)
+            self._store(fd, source, events, source if key is _SAME else key)
+        finally:
+            self._release()
+
+    def modify(self, source: Source, events: int, key: Key = _SAME) -> None:
+        """Change what a registered source is watched for, and arm a ONESHOT that has fired.
+
+        key: replaces the old one if given. An event of the source that stands in the list returned last is cut down
+        to what is still asked for, under the new key.
+
+        KeyError: not registered. ValueError, io.UnsupportedOperation: as in `register`; besides, an EXCLUSIVE
+        registration cannot be modified (EINVAL, epoll_ctl(2)). OSError: EBADF if the descriptor was closed.
+        """
+        try:
+            self._acquire()
+            facility = self._facility
+            fd, (owner, asked, old_key) = self._find(source)
+            if events not in facility.accepts:
+                raise self._refusal(events)
+            if (events | asked) & EXCLUSIVE:
+                raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
+            if owner is not source:
+                _number(owner)
+            self._touched.add(fd)
+            facility.modify(fd, events)
+            if key is _SAME:
+                key = old_key
+            self._store(fd, owner, events, key)
+            self._correct(fd, key, events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
+        finally:
+            self._release()
+
+    def unregister(self, source: Source) -> None:
+        """Watch a source no more. It works for whatever is registered, also right after it was closed.
+
+        An event of the source that stands in the list returned last becomes ``(key, 0)``. Unregister first and close
+        then, where you have the choice: epoll cannot tell whether a dup keeps a closed descriptor's file alive, so
+        events of a number that was closed first cost a check each.
+
+        KeyError: not registered.
+        """
+        try:
+            self._acquire()
+            facility = self._facility
+            fd, (_, _, key) = self._find(source)
+            self._touched.add(fd)
+            try:
+                facility.remove(fd)
+            except OSError:  # closed
+                if facility.outlives_close:
+                    self._suspect.add(fd)
+            del self._table[fd]
+            self._ready.pop(fd, None)
+            self._disarmed.discard(fd)
+            self._correct(fd, key, 0)
+            self._interrupt()
+        finally:
+            self._release()
+
+    def registrations(self) -> list[Registration]:
+        """All registrations, stale ones too, as named tuples (source, fd, events, key)."""
+        return [Registration(source, fd, events, key) for fd, (source, events, key) in list(self._table.items())]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __contains__(self, source: Source) -> bool:
+        try:
+            self._acquire()
+            self._find(source)
+        except KeyError:
+            return False
+        finally:
+            self._release()
+        return True
+
+    # Waiting
+
+    def poll(self, timeout: float | None = None, max_events: int = MAX_EVENTS) -> list[tuple[Key, int]]:
+        """Wait until something is ready, the time is over or `wake` is called.
+
+        timeout: seconds; None or infinity for ever, 0 for a look. Never early. Late by what the facility resolves:
+        microseconds on kqueue, select and epoll, a millisecond on poll.
+        max_events: how many events to return at most. What else is ready comes with the next calls.
+
+        Returns a list of (key, events), empty after the time-out and perhaps after a wake-up. The events are those
+        asked for, and ERROR, HANGUP and READ_CLOSED as hints. Until the next `poll` the list follows the changes
+        made through this poller (`modify`, `unregister`), so skip entries without events and do not reorder it.
+
+        ValueError: a negative or NaN timeout, max_events below 1. RuntimeError: another thread waits in this
+        poller, or the poller is closed, also by another thread during the wait.
+        """
+        deadline = None
+        if timeout:
+            if not timeout > 0:
+                raise ValueError(f"timeout is seconds, 0 or more, or None for ever; not {timeout!r}")
+            if timeout == math.inf:
+                timeout = None
+            else:
+                deadline = monotonic() + timeout
+        if max_events < 1:
+            raise ValueError(f"max_events is 1 or more, not {max_events!r}")
+        waiting = False
+        token: list[None] = []
+        try:
+            if self._waiter.setdefault(None, token) is not token:
+                raise RuntimeError("another thread waits in this poller already")
+            facility, ready = self._facility, self._ready
+            wait = facility.wait
+            while True:
+                self._last = _NO_BATCH
+                if self._touched:
+                    self._forget_touched()
+                if deadline is not None and timeout > _LONGEST_WAIT:  # type: ignore[operator]
+                    timeout = _LONGEST_WAIT
+                waiting = True
+                raw = wait(timeout, max_events)
+                try:
+                    # The hot path: most events are a plain READ.
+                    batch = [ready[fd] if events == READ else self._translate(fd, events) for fd, events in raw]
+                except KeyError:
+                    batch, woken = self._take_care(facility, raw)
+                else:
+                    woken = False
+                    self._last = [raw, batch, None]
+                    if self._touched:
+                        batch, woken = self._take_care(facility, raw)
+                if batch or timeout == 0:
+                    return batch
+                if woken:
+                    if len(raw) < max_events:
+                        return batch
+                    timeout, deadline = 0, None  # the wake-up took the only place: look for what is ready
+                elif deadline is not None:
+                    timeout = deadline - monotonic()
+                    if timeout <= 0:
+                        return batch
+        except BaseException:
+            if waiting:
+                self._rearm()
+            raise
+        finally:
+            if self._waiter.get(None) is token:
+                del self._waiter[None]
+                if self._closed:
+                    self._give_back()
+
+    def wake(self) -> None:
+        """End the current or else the next `poll`. From any thread, and from a signal handler. Wake-ups coalesce."""
+        try:
+            self._acquire()
+            facility = self._facility
+            self._woken = True  # before the channel: `poll` drains it first and looks here second, so none is lost
+            facility.wake()
+        finally:
+            self._release()
+
+    # What it is
+
+    def supports(self, events: int) -> bool:
+        """Whether these bits can be registered here: ``poller.supports(EDGE)``."""
+        return events in self._facility.accepts
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+        return self._backend
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while something is ready, so that pollers nest: on epoll and kqueue.
+
+        io.UnsupportedOperation: the facility has none.
+        """
+        return self._facility.fileno()
+
+    def close(self) -> None:
+        """Forget all registrations and give the facility back; a `poll` under way raises RuntimeError.
+
+        The registered sources stay open. Closing again does nothing.
+        """
+        try:
+            self._acquire()
+            if not self._closed:
+                self._closed = True
+                facility, self._facility = self._facility, _Unusable("the poller is closed")
+                for state in (self._table, self._ready, self._disarmed, self._suspect):
+                    state.clear()
+                self._last = _NO_BATCH
+                if self._waiter:
+                    self._touched.add(-1)  # sends the waiting thread the careful way, which notices
+                    facility.wake()
+                else:
+                    self._give_back()
+        finally:
+            self._release()
+
+    def __enter__(self) -> Poller[Key]:
+        self.supports(READ)  # raises if it is closed
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self)} registered" + (", waiting" if self._waiter else "")
+        return f"<{type(self).__name__} {self._backend}: {state}>"
+
+    # Under the lock
+
+    def _find(self, source: Source) -> tuple[int, tuple[Source, int, Any]]:
+        """The number and the entry of a registered source: by number, and by the object once that is closed."""
+        self._facility.name  # noqa: B018 - raises if it is closed
+        try:
+            fd = _number(source)
+        except OSError:
+            fd = -1
+        entry = self._table.get(fd)
+        if entry is not None and (entry[0] is source or isinstance(source, int) or not _is_gone(entry[0], fd)):
+            return fd, entry
+        for fd, entry in self._table.items():
+            if entry[0] is source:
+                return fd, entry
+        raise KeyError(f"{source!r} is not registered")
+
+    def _store(self, fd: int, source: Source, events: int, key: Any) -> None:
+        self._table[fd] = source, events, key
+        if events & ONESHOT or fd in self._suspect:
+            self._ready.pop(fd, None)
+        else:
+            self._ready[fd] = key, READ
+        self._disarmed.discard(fd)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Let a wait under way begin anew if it would not notice the change by itself."""
+        if self._waiter and not self._facility.sees_changes:
+            self._facility.wake()
+
+    def _correct(self, fd: int, key: Any, allowed: int) -> None:
+        """Cut the event that the list returned last has for a number down to the allowed bits."""
+        last = self._last
+        raw, batch, places = last
+        if batch:
+            if places is None:
+                places = last[2] = {number: place for place, (number, _) in enumerate(raw)}
+            place = places.get(fd)
+            if place is not None and place < len(batch):
+                batch[place] = key, batch[place][1] & allowed
+
+    def _take_over(self, fd: int, source: Source, events: int) -> None:
+        """Register a number that is taken, if its owner is gone for sure; else KeyError."""
+        owner, _, key = self._table[fd]
+        gone = owner is not source and _is_gone(owner, fd)
+        facility = self._facility
+        try:
+            # epoll knows files, not only numbers: it refuses the number while it is still the same file's.
+            if not gone and not facility.outlives_close:
+                raise FileExistsError
+            facility.add(fd, events)
+        except FileExistsError:
+            if not gone:
+                raise KeyError(f"descriptor {fd} is registered already, for {owner!r}") from None
+            facility.modify(fd, events)  # the file lives on under a new object
+        else:
+            if facility.outlives_close:
+                self._suspect.add(fd)
+        self._correct(fd, key, 0)
+
+    def _refusal(self, events: int) -> Exception:
+        trouble = objection(events)
+        if trouble is not None:
+            return ValueError(trouble)
+        return io.UnsupportedOperation(f"the {self._backend} backend cannot do {describe(events)}")
+
+    def _give_back(self) -> None:
+        """Close the facility, unless somebody still waits in it; whoever comes out last does it then."""
+        try:
+            self._acquire()
+            if not self._waiter and self._open is not None:
+                facility, self._open = self._open, None
+                facility.close()
+        finally:
+            self._release()
+
+    # Events
+
+    def _translate(self, fd: int, events: int) -> tuple[Any, int]:
+        """Any event but the plain READ. KeyError if it needs care."""
+        if events & _CARE:
+            raise KeyError
+        return self._ready[fd][0], events
+
+    def _take_care(self, facility: Facility, raw: list[tuple[int, int]]) -> tuple[list[tuple[Any, int]], bool]:
+        """Translate a batch in which not every event is plain. Returns it, and whether somebody called `wake`."""
+        woken = haunted = False
+        kept: list[tuple[int, int]] = []
+        batch: list[tuple[Any, int]] = []
+        try:
+            self._acquire()
+            if self._facility is not facility:
+                raise RuntimeError("the poller was closed while this thread waited in it")
+            for fd, events in raw:
+                entry = self._table.get(fd)
+                if fd == facility.wake_fd:
+                    facility.drain()
+                    woken, self._woken = self._woken, False
+                elif fd in self._touched:
+                    # The event may be older than the change, so it is dropped. What still holds comes again: level
+                    # events by themselves, the others when they are armed anew.
+                    if entry is not None and entry[1] & (EDGE | ONESHOT) and fd not in self._disarmed:
+                        self._arm(fd, entry[1])
+                elif entry is None:
+                    haunted |= not self._remove_leftover(fd)
+                elif fd not in self._disarmed:
+                    if fd in self._suspect and not events & INVALID:
+                        events = facility.verify(fd, events)
+                        haunted |= not events
+                    if events:
+                        kept.append((fd, events))
+                        batch.append((entry[2], self._report(fd, entry[1], events)))
+            self._last = [kept, batch, None]
+            if haunted:
+                self._renew()
+        finally:
+            self._release()
+        return batch, woken
+
+    def _report(self, fd: int, asked: int, events: int) -> int:
+        """What the user sees of an event; disarms what must not fire again by itself."""
+        interest = asked & (READ | WRITE)
+        stale = events & INVALID
+        if stale:
+            events |= ERROR
+        if stale or asked & ONESHOT or (events & (ERROR | HANGUP) and not interest):
+            self._facility.disarm(fd, asked)
+            self._disarmed.add(fd)
+            self._ready.pop(fd, None)
+        if events & (ERROR | HANGUP):
+            events |= interest
+        return events & (asked | HINTS)
+
+    def _arm(self, fd: int, events: int) -> None:
+        try:
+            self._facility.modify(fd, events)
+        except OSError:
+            pass  # closed: it stays listed until it is unregistered
+
+    def _remove_leftover(self, fd: int) -> bool:
+        """Stop the kernel from reporting a number that nobody registered; False if it cannot be told to."""
+        try:
+            self._facility.remove(fd)
+        except OSError:
+            return False
+        return True
+
+    def _renew(self) -> None:
+        """Begin anew, without the closed files that a dup keeps alive in an epoll and no call can remove."""
+        self._suspect.clear()
+        for fd, (_, events, key) in self._table.items():
+            if not events & ONESHOT and fd not in self._disarmed:
+                self._ready[fd] = key, READ
+        self._facility.renew((fd, 0 if fd in self._disarmed else events) for fd, (_, events, _) in self._table.items())
+
+    def _rearm(self) -> None:
+        """After an exception out of a wait: events that fire once may have been taken from the kernel and lost."""
+        try:
+            self._acquire()
+            lost = {fd for fd, _ in self._last[0]}
+            for fd, (_, events, _) in self._table.items():
+                if events & EDGE or (events & ONESHOT and (fd in lost or fd not in self._disarmed)):
+                    self._disarmed.discard(fd)
+                    self._arm(fd, events)
+        finally:
+            self._release()
+
+    def _forget_touched(self) -> None:
+        try:
+            self._acquire()
+            self._touched.clear()
+        finally:
+            self._release()
+
+    def _disown(self) -> None:
+        """In a forked child: the facility, or its number, belongs to the parent."""
+        if not self._closed:
+            self._start()
+            self._facility = _Unusable("this poller belongs to the parent process: make a new one after a fork")
+
+
+def _choose(name: str | None) -> Facility:
+    wanted = name or os.environ.get("MUXIO_BACKEND")
+    if wanted is None or wanted == "":
+        for candidate in NAMES:
+            try:
+                return open_backend(candidate)
+            except (ImportError, OSError):
+                continue
+        raise OSError(f"no backend works on this system: {probe()}")
+    if wanted not in NAMES:
+        origin = "" if name else " (from the environment variable MUXIO_BACKEND)"
+        raise ValueError(f"no backend is called {wanted!r}{origin}; muxio has {', '.join(NAMES)}")
+    try:
+        return open_backend(wanted)
+    except ImportError as error:
+        raise io.UnsupportedOperation(f"the {wanted} backend does not work here: {error}") from error
+
+
+def _number(source: Source) -> int:
+    """The descriptor of a source. OSError (EBADF) if it is closed."""
+    if isinstance(source, int):
+        fd = source
+    else:
+        try:
+            fd = source.fileno()
+        except ValueError:  # how a closed file answers; a closed socket says -1
+            fd = -1
+        except AttributeError:
+            raise TypeError(f"a source is a descriptor or has fileno(), which {source!r} is not") from None
+    if fd < 0:
+        raise OSError(errno.EBADF, f"closed descriptor: {source!r}")
+    return fd
+
+
+def _is_gone(owner: Source, fd: int) -> bool:
+    """Whether the owner of a number has surely given it up. A plain number cannot tell."""
+    try:
+        return _number(owner) != fd
+    except OSError:
+        return True
+
+
+_pollers: weakref.WeakSet[Poller[Any]] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for poller in list(_pollers):
+        poller._disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
