@@ -13,7 +13,7 @@ from muxio.events import (
     WRITE,
     describe,
 )
-from muxio.poller import Poller, Registration
+from muxio.poller import Poller, Registration, Source
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "WRITE",
     "Poller",
     "Registration",
+    "Source",
     "backends",
     "describe",
 ]

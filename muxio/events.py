@@ -59,10 +59,10 @@ def objection(events: int) -> str | None:
     return None
 
 
-def combinations(can: int) -> frozenset[int]:
-    """Every sensible choice of interest and modes out of the bits in `can`: what a backend accepts, as a set."""
+def combinations(can: int) -> dict[int, int]:
+    """Every sensible choice of interest and modes out of the bits in `can`, as the table of a backend: to itself."""
     found = {0}
     for bit in _NAMES:
         if bit & (can | READ_CLOSED):
             found |= {events | bit for events in found}
-    return frozenset(events for events in found if objection(events) is None)
+    return {events: events for events in sorted(found) if objection(events) is None}

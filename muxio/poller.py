@@ -141,20 +141,27 @@ class Poller(Generic[Key]):
         OSError: EBADF for a closed descriptor. PermissionError: a regular file or a directory.
         """
         fd = _number(source)
+        if key is _SAME:
+            key = source  # type: ignore[assignment]
         try:
             self._acquire()
             facility = self._facility
-            if events not in facility.accepts:
+            mask = facility.masks.get(events)
+            if mask is None:
                 raise self._refusal(events)
             self._touched.add(fd)
             if fd in self._table:
-                self._take_over(fd, source, events)
+                self._take_over(fd, source, mask)
             else:
                 try:
-                    facility.add(fd, events)
+                    facility.add(fd, mask)
                 except FileExistsError:  # left behind by a register() that an exception cut short
-                    facility.modify(fd, events)
-            self._store(fd, source, events, source if key is _SAME else key)
+                    facility.modify(fd, mask)
+            self._table[fd] = source, events, key
+            if not events & ONESHOT and fd not in self._suspect:
+                self._ready[fd] = key, READ
+            if self._waiter:
+                self._interrupt()
         finally:
             self._release()
 
@@ -170,19 +177,36 @@ class Poller(Generic[Key]):
         try:
             self._acquire()
             facility = self._facility
-            fd, (owner, asked, old_key) = self._find(source)
-            if events not in facility.accepts:
+            try:
+                fd = source if isinstance(source, int) else source.fileno()
+            except ValueError:
+                fd = -1
+            entry = self._table.get(fd)
+            if entry is None or entry[0] is not source:
+                fd, entry = self._find(source)
+            owner, asked, old_key = entry
+            mask = facility.masks.get(events)
+            if mask is None:
                 raise self._refusal(events)
             if (events | asked) & EXCLUSIVE:
                 raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
             if owner is not source:
                 _number(owner)
             self._touched.add(fd)
-            facility.modify(fd, events)
+            facility.modify(fd, mask)
             if key is _SAME:
                 key = old_key
-            self._store(fd, owner, events, key)
-            self._correct(fd, key, events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
+            self._table[fd] = owner, events, key
+            if events & ONESHOT or fd in self._suspect:
+                self._ready.pop(fd, None)
+            else:
+                self._ready[fd] = key, READ
+            if self._disarmed:
+                self._disarmed.discard(fd)
+            if self._last is not _NO_BATCH:
+                self._correct(fd, key, events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
+            if self._waiter:
+                self._interrupt()
         finally:
             self._release()
 
@@ -198,7 +222,14 @@ class Poller(Generic[Key]):
         try:
             self._acquire()
             facility = self._facility
-            fd, (_, _, key) = self._find(source)
+            try:
+                fd = source if isinstance(source, int) else source.fileno()
+            except ValueError:
+                fd = -1
+            entry = self._table.get(fd)
+            if entry is None or entry[0] is not source:
+                fd, entry = self._find(source)
+            key = entry[2]
             self._touched.add(fd)
             try:
                 facility.remove(fd)
@@ -207,9 +238,12 @@ class Poller(Generic[Key]):
                     self._suspect.add(fd)
             del self._table[fd]
             self._ready.pop(fd, None)
-            self._disarmed.discard(fd)
-            self._correct(fd, key, 0)
-            self._interrupt()
+            if self._disarmed:
+                self._disarmed.discard(fd)
+            if self._last is not _NO_BATCH:
+                self._correct(fd, key, 0)
+            if self._waiter:
+                self._interrupt()
         finally:
             self._release()
 
@@ -315,7 +349,7 @@ class Poller(Generic[Key]):
 
     def supports(self, events: int) -> bool:
         """Whether these bits can be registered here: ``poller.supports(EDGE)``."""
-        return events in self._facility.accepts
+        return events in self._facility.masks
 
     @property
     def backend(self) -> str:
@@ -372,10 +406,9 @@ class Poller(Generic[Key]):
 
     def _find(self, source: Source) -> tuple[int, tuple[Source, int, Any]]:
         """The number and the entry of a registered source: by number, and by the object once that is closed."""
-        self._facility.name  # noqa: B018 - raises if it is closed
         try:
-            fd = _number(source)
-        except OSError:
+            fd = source if isinstance(source, int) else source.fileno()
+        except ValueError:
             fd = -1
         entry = self._table.get(fd)
         if entry is not None and (entry[0] is source or isinstance(source, int) or not _is_gone(entry[0], fd)):
@@ -383,34 +416,25 @@ class Poller(Generic[Key]):
         for fd, entry in self._table.items():
             if entry[0] is source:
                 return fd, entry
+        self._facility.name  # noqa: B018 - says so if the poller is closed
         raise KeyError(f"{source!r} is not registered")
-
-    def _store(self, fd: int, source: Source, events: int, key: Any) -> None:
-        self._table[fd] = source, events, key
-        if events & ONESHOT or fd in self._suspect:
-            self._ready.pop(fd, None)
-        else:
-            self._ready[fd] = key, READ
-        self._disarmed.discard(fd)
-        self._interrupt()
 
     def _interrupt(self) -> None:
         """Let a wait under way begin anew if it would not notice the change by itself."""
-        if self._waiter and not self._facility.sees_changes:
+        if not self._facility.sees_changes:
             self._facility.wake()
 
     def _correct(self, fd: int, key: Any, allowed: int) -> None:
         """Cut the event that the list returned last has for a number down to the allowed bits."""
         last = self._last
         raw, batch, places = last
-        if batch:
-            if places is None:
-                places = last[2] = {number: place for place, (number, _) in enumerate(raw)}
-            place = places.get(fd)
-            if place is not None and place < len(batch):
-                batch[place] = key, batch[place][1] & allowed
+        if places is None:
+            places = last[2] = {number: place for place, (number, _) in enumerate(raw)}
+        place = places.get(fd)
+        if place is not None and place < len(batch):
+            batch[place] = key, batch[place][1] & allowed
 
-    def _take_over(self, fd: int, source: Source, events: int) -> None:
+    def _take_over(self, fd: int, source: Source, mask: int) -> None:
         """Register a number that is taken, if its owner is gone for sure; else KeyError."""
         owner, _, key = self._table[fd]
         gone = owner is not source and _is_gone(owner, fd)
@@ -419,14 +443,16 @@ class Poller(Generic[Key]):
             # epoll knows files, not only numbers: it refuses the number while it is still the same file's.
             if not gone and not facility.outlives_close:
                 raise FileExistsError
-            facility.add(fd, events)
+            facility.add(fd, mask)
         except FileExistsError:
             if not gone:
                 raise KeyError(f"descriptor {fd} is registered already, for {owner!r}") from None
-            facility.modify(fd, events)  # the file lives on under a new object
+            facility.modify(fd, mask)  # the file lives on under a new object
         else:
             if facility.outlives_close:
                 self._suspect.add(fd)
+        self._ready.pop(fd, None)
+        self._disarmed.discard(fd)
         self._correct(fd, key, 0)
 
     def _refusal(self, events: int) -> Exception:
@@ -495,7 +521,7 @@ class Poller(Generic[Key]):
         if stale:
             events |= ERROR
         if stale or asked & ONESHOT or (events & (ERROR | HANGUP) and not interest):
-            self._facility.disarm(fd, asked)
+            self._facility.disarm(fd, self._facility.masks[asked])
             self._disarmed.add(fd)
             self._ready.pop(fd, None)
         if events & (ERROR | HANGUP):
@@ -504,7 +530,7 @@ class Poller(Generic[Key]):
 
     def _arm(self, fd: int, events: int) -> None:
         try:
-            self._facility.modify(fd, events)
+            self._facility.modify(fd, self._facility.masks[events])
         except OSError:
             pass  # closed: it stays listed until it is unregistered
 
@@ -522,7 +548,10 @@ class Poller(Generic[Key]):
         for fd, (_, events, key) in self._table.items():
             if not events & ONESHOT and fd not in self._disarmed:
                 self._ready[fd] = key, READ
-        self._facility.renew((fd, 0 if fd in self._disarmed else events) for fd, (_, events, _) in self._table.items())
+        masks = self._facility.masks
+        self._facility.renew(
+            (fd, masks[0 if fd in self._disarmed else events]) for fd, (_, events, _) in self._table.items()
+        )
 
     def _rearm(self) -> None:
         """After an exception out of a wait: events that fire once may have been taken from the kernel and lost."""

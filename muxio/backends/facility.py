@@ -20,8 +20,9 @@ class Facility:
     """
 
     name: str
-    #: The combinations of interest and modes that `add` and `modify` take; whatever else comes, the poller refuses.
-    accepts: frozenset[int]
+    #: Every combination of interest and modes that can be registered -> what `add` and `modify` are told for it. The
+    #: poller looks it up, and refuses what is not in here.
+    masks: dict[int, int]
     #: Whether a wait that is under way notices changes made by another thread. If not, the poller interrupts it.
     sees_changes: bool
     #: Whether the kernel may go on reporting a number after its descriptor was closed (then `verify` and `renew`).
@@ -31,11 +32,11 @@ class Facility:
 
     __slots__ = ()
 
-    def add(self, fd: int, events: int) -> None:
+    def add(self, fd: int, mask: int) -> None:
         """Watch `fd`. OSError: EBADF, EPERM (files, directories), EEXIST where the kernel watches this very file."""
         raise NotImplementedError
 
-    def modify(self, fd: int, events: int) -> None:
+    def modify(self, fd: int, mask: int) -> None:
         """Change what is watched, and arm it again. OSError where the kernel has lost the descriptor."""
         raise NotImplementedError
 
@@ -43,8 +44,8 @@ class Facility:
         """Watch `fd` no more. OSError where the kernel has lost the descriptor."""
         raise NotImplementedError
 
-    def disarm(self, fd: int, events: int) -> None:
-        """Report `fd`, registered for `events`, no more until `modify`. It may be closed already."""
+    def disarm(self, fd: int, mask: int) -> None:
+        """Report `fd`, registered with `mask`, no more until `modify`. It may be closed already."""
         raise NotImplementedError
 
     def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
@@ -68,7 +69,7 @@ class Facility:
         return events
 
     def renew(self, watched: Iterable[tuple[int, int]]) -> None:
-        """Get rid of everything that outlived its descriptor: begin anew with these (number, events)."""
+        """Get rid of everything that outlived its descriptor: begin anew with these (number, mask) pairs."""
         raise NotImplementedError
 
     def close(self) -> None:

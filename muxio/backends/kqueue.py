@@ -73,13 +73,18 @@ class Backend(Facility):
     name = "kqueue"
     sees_changes = True
 
-    __slots__ = ("_except", "_filters", "_kqueue", "_module", "_oob", "_pid", "_waker", "accepts", "wake_fd")
+    __slots__ = ("_filters", "_interest", "_kqueue", "_module", "_oob", "_pid", "_waker", "masks", "wake_fd")
 
     def __init__(self, module: KqueueModule | None = None, system: str = sys.platform) -> None:
         self._module = module or _native()
-        known = _EXCEPT.get(system.rstrip("0123456789"))
-        self._except, self._oob = known or (None, 0)
-        self.accepts = combinations(READ | WRITE | EDGE | ONESHOT | (PRIORITY if self._except else 0))
+        #: (bit, filter, fflags) for each bit of interest that this system has a filter for.
+        self._interest = [(READ, self._module.KQ_FILTER_READ, 0), (WRITE, self._module.KQ_FILTER_WRITE, 0)]
+        self._oob = 0
+        urgent = _EXCEPT.get(system.rstrip("0123456789"))
+        if urgent is not None:
+            self._oob = urgent[1]
+            self._interest.append((PRIORITY, *urgent))
+        self.masks = combinations(EDGE | ONESHOT | sum(bit for bit, _, _ in self._interest))
         #: Number -> the filters that are in the kernel for it.
         self._filters: dict[int, list[int]] = {}
         self._pid = os.getpid()
@@ -92,29 +97,24 @@ class Backend(Facility):
         self.wake_fd = self._waker.fd
         self.modify(self.wake_fd, READ)
 
-    def add(self, fd: int, events: int) -> None:
+    def add(self, fd: int, mask: int) -> None:
         refuse_files(fd)
-        self.modify(fd, events)
+        self.modify(fd, mask)
 
-    def modify(self, fd: int, events: int) -> None:
-        self.disarm(fd, events)  # EV_ADD does not change the mode of a filter that is there (FreeBSD kern_event.c)
-        filters = [
-            (READ, self._module.KQ_FILTER_READ, 0),
-            (WRITE, self._module.KQ_FILTER_WRITE, 0),
-            (PRIORITY, self._except, self._oob),
-        ]
-        flags = self._module.KQ_EV_ADD | self._module.KQ_EV_ENABLE | (self._module.KQ_EV_CLEAR if events & EDGE else 0)
-        wanted = [(number, note) for bit, number, note in filters if events & bit and number is not None]
+    def modify(self, fd: int, mask: int) -> None:
+        self.disarm(fd, mask)  # EV_ADD does not change the mode of a filter that is there (FreeBSD kern_event.c)
+        flags = self._module.KQ_EV_ADD | self._module.KQ_EV_ENABLE | (self._module.KQ_EV_CLEAR if mask & EDGE else 0)
+        wanted = [(number, note) for bit, number, note in self._interest if mask & bit]
         self._filters[fd] = [number for number, _ in wanted]
         trouble = self._change(self._module.kevent(fd, number, flags, note) for number, note in wanted)
         if trouble:
-            self.disarm(fd, events)
+            self.disarm(fd, mask)
             raise OSError(trouble, os.strerror(trouble))
 
     def remove(self, fd: int) -> None:
         self.disarm(fd, 0)
 
-    def disarm(self, fd: int, events: int) -> None:
+    def disarm(self, fd: int, mask: int) -> None:
         # A filter may be gone already, with its descriptor: ENOENT or EBADF, the systems differ. Both are fine.
         flags = self._module.KQ_EV_DELETE
         self._change(self._module.kevent(fd, number, flags, 0) for number in self._filters.pop(fd, ()))

@@ -14,13 +14,14 @@ from muxio.backends.facility import Facility, refuse_files, take_turns
 from muxio.backends.waker import Waker
 from muxio.events import INTEREST, ONESHOT, READ, combinations
 
-#: POLLRDHUP is Linux's.
+#: POLLRDHUP comes with READ; it is Linux's.
 _READ = READ | getattr(select, "POLLRDHUP", 0)
+_MASKS = {events: events & INTEREST | (_READ if events & READ else 0) for events in combinations(INTEREST | ONESHOT)}
 
 
 class Backend(Facility):
     name = "poll"
-    accepts = combinations(INTEREST | ONESHOT)
+    masks = _MASKS
     sees_changes = False
 
     __slots__ = ("_poll", "_turn", "_waker", "wake_fd")
@@ -32,12 +33,12 @@ class Backend(Facility):
         self.wake_fd = self._waker.fd
         self._poll.register(self.wake_fd, READ)
 
-    def add(self, fd: int, events: int) -> None:
-        self.modify(fd, events)
+    def add(self, fd: int, mask: int) -> None:
+        self.modify(fd, mask)
 
-    def modify(self, fd: int, events: int) -> None:
+    def modify(self, fd: int, mask: int) -> None:
         refuse_files(fd)
-        self._poll.register(fd, events & INTEREST | (_READ if events & READ else 0))
+        self._poll.register(fd, mask)
 
     def remove(self, fd: int) -> None:
         try:
@@ -45,7 +46,7 @@ class Backend(Facility):
         except KeyError:
             pass  # disarmed
 
-    def disarm(self, fd: int, events: int) -> None:
+    def disarm(self, fd: int, mask: int) -> None:
         self.remove(fd)  # an empty interest would not do: ERR, HUP and NVAL are reported all the same
 
     def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ _FD_SETSIZE = 512 if sys.platform == "win32" else 1024
 
 class Backend(Facility):
     name = "select"
-    accepts = combinations(INTEREST | ONESHOT)
+    masks = combinations(INTEREST | ONESHOT)
     sees_changes = False
 
     __slots__ = ("_priority", "_read", "_turn", "_waker", "_write", "wake_fd")
@@ -33,26 +33,26 @@ class Backend(Facility):
         self.wake_fd = self._waker.fd
         self._read.add(self.wake_fd)
 
-    def add(self, fd: int, events: int) -> None:
+    def add(self, fd: int, mask: int) -> None:
         if sys.platform == "win32":
             full = len(self._read | self._write | self._priority) >= _FD_SETSIZE
         else:
             full = fd >= _FD_SETSIZE
         if full:
             raise io.UnsupportedOperation(f"select() cannot watch descriptor {fd}: its limit is {_FD_SETSIZE}")
-        self.modify(fd, events)
+        self.modify(fd, mask)
 
-    def modify(self, fd: int, events: int) -> None:
+    def modify(self, fd: int, mask: int) -> None:
         if sys.platform == "win32":
             select.select([fd], [], [], 0)  # fails for what is closed or no socket
         else:
             refuse_files(fd)
-        self._watch(fd, events)
+        self._watch(fd, mask)
 
     def remove(self, fd: int) -> None:
         self._watch(fd, 0)
 
-    def disarm(self, fd: int, events: int) -> None:
+    def disarm(self, fd: int, mask: int) -> None:
         self._watch(fd, 0)
 
     def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:

@@ -11,13 +11,14 @@ class Waker:
     Wake-ups coalesce: any number of `wake` calls is one readable condition, and one `drain` takes them all.
     """
 
-    __slots__ = ("_receiver", "_sender", "fd")
+    __slots__ = ("_receiver", "_sender", "fd", "sender_fd")
 
     def __init__(self) -> None:
         self._receiver, self._sender = socket.socketpair()
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         self.fd = self._receiver.fileno()
+        self.sender_fd = self._sender.fileno()  # a byte written here is a wake-up
 
     def wake(self) -> None:
         """Make `fd` readable. Never blocks."""
