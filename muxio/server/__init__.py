@@ -1,0 +1,24 @@
+"""The server core: a loop on a poller, protocols with asyncio's names, a server, and the threaded oracle."""
+
+from muxio.server.connection import Connection
+from muxio.server.loop import Handle, Loop
+from muxio.server.protocol import BufferedProtocol, EchoProtocol, Protocol, Transport
+from muxio.server.report import ConnectionReport
+from muxio.server.serve import Summary, serve
+from muxio.server.server import Server
+from muxio.server.threaded import ThreadedServer
+
+__all__ = [
+    "BufferedProtocol",
+    "Connection",
+    "ConnectionReport",
+    "EchoProtocol",
+    "Handle",
+    "Loop",
+    "Protocol",
+    "Server",
+    "Summary",
+    "ThreadedServer",
+    "Transport",
+    "serve",
+]
