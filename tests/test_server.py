@@ -1,0 +1,578 @@
+"""The server on every backend: its beginning and its end, its limits, and the faults that it has to outlive."""
+
+from __future__ import annotations
+
+import errno
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import BACKENDS, Recorder, serving, wait_until
+
+from muxio.server import ConnectionReport, EchoProtocol, Protocol, Server
+from muxio.server.connection import HIGH_WATER, RECEIVE_SIZE
+from muxio.server.server import ACCEPT_REST
+from muxio.testing.scripts import Leave, Receive, ReceiveAll, Script, Send, ShutWrite, observe, run_many
+
+ANY_PORT = ("127.0.0.1", 0)
+
+#: More than the buffers on the way hold for a client that does not read.
+MUCH = 8 * 1024 * 1024
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+class Reports:
+    """Collects the reports of connections; `next` waits for one."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[ConnectionReport] = queue.Queue()
+        self.report = self._queue.put
+
+    def next(self) -> ConnectionReport:
+        return self._queue.get(timeout=10)
+
+
+class Burst(Recorder):
+    """Answers the first bytes with more than the buffers hold."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.transport.write(bytes(MUCH))
+
+
+class ShutsDown(EchoProtocol):
+    """Echoes, and shuts the server down from inside the callback."""
+
+    server: Server
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.server.shutdown()
+
+
+def connect(address: Any) -> socket.socket:
+    return socket.create_connection(address[:2], timeout=10)
+
+
+def ask(client: socket.socket, question: bytes = b"x") -> bytes:
+    client.sendall(question)
+    return client.recv(100)
+
+
+def receive_all(client: socket.socket) -> bytes:
+    received = bytearray()
+    while data := client.recv(65_536):
+        received += data
+    return bytes(received)
+
+
+def refuses(address: Any) -> bool:
+    """Whether nobody listens there (any more)."""
+    try:
+        connect(address).close()
+    except (ConnectionRefusedError, ConnectionResetError):  # a reset if it stopped listening just now
+        return True
+    return False
+
+
+def assert_echoes(address: Any) -> None:
+    seen = observe(Script((Send(1000), ShutWrite(), ReceiveAll())), address, timeout=10)
+    assert (len(seen.received), seen.ending) == (1000, "eof")
+
+
+@pytest.fixture
+def background() -> Iterator[Any]:
+    """Starts threads, and sees to it that they have ended after the test."""
+    threads: list[threading.Thread] = []
+
+    def start(function: Any, *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=function, args=arguments)
+        threads.append(thread)
+        thread.start()
+        return thread
+
+    yield start
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+# Beginning and end
+
+
+def test_it_serves_until_shutdown_from_another_thread(backend: str, background: Any) -> None:
+    with Server(ANY_PORT, EchoProtocol, backend=backend) as server:
+        assert server.backend == backend
+        thread = background(server.serve_forever)
+        assert_echoes(server.server_address)
+        with connect(server.server_address) as client:
+            assert ask(client) == b"x"
+            server.shutdown()
+            thread.join(10)
+            assert not thread.is_alive()
+            with suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+        assert refuses(server.server_address)
+        server.shutdown()  # again, it does nothing
+
+
+def test_it_listens_before_it_serves(backend: str) -> None:
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
+    with connect(server.server_address) as client, serving(server):
+        assert ask(client) == b"x"
+
+
+def test_shutdown_has_ended_every_connection_when_it_returns(backend: str, background: Any) -> None:
+    protocols: list[Recorder] = []
+
+    def factory() -> Recorder:
+        protocols.append(Recorder())
+        return protocols[-1]
+
+    with Server(ANY_PORT, factory, backend=backend) as server, ExitStack() as stack:
+        background(server.serve_forever)
+        for _ in range(10):
+            stack.enter_context(connect(server.server_address))
+        wait_until(lambda: len(protocols) == 10)
+        server.shutdown()
+        assert [protocol.calls[-1] for protocol in protocols] == ["connection_lost"] * 10
+
+
+def test_shutdown_before_serving_makes_serving_return_at_once(backend: str) -> None:
+    with Server(ANY_PORT, EchoProtocol, backend=backend) as server:
+        server.shutdown()
+        server.serve_forever()
+        with pytest.raises(RuntimeError):
+            server.serve_forever()
+
+
+def test_shutdown_from_inside_a_callback_does_not_wait(backend: str, background: Any) -> None:
+    with Server(ANY_PORT, ShutsDown, backend=backend) as server:
+        ShutsDown.server = server
+        thread = background(server.serve_forever)
+        with connect(server.server_address) as client:
+            assert ask(client, b"bye") == b"bye"
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_serving_twice_is_refused(backend: str) -> None:
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
+    with serving(server) as address:
+        assert_echoes(address)
+        with pytest.raises(RuntimeError):
+            server.serve_forever()
+        assert_echoes(address)
+
+
+def test_close_from_inside_is_refused_and_serving_goes_on(backend: str) -> None:
+    refused = threading.Event()
+
+    class Closes(EchoProtocol):
+        def data_received(self, data: bytes) -> None:
+            with pytest.raises(RuntimeError):
+                server.close()
+            refused.set()
+            super().data_received(data)
+
+    server = Server(ANY_PORT, Closes, backend=backend)
+    with serving(server) as address, connect(address) as client:
+        assert ask(client) == b"x"
+        assert refused.is_set()
+
+
+def test_leaving_the_block_closes_everything(backend: str, background: Any) -> None:
+    with Server(ANY_PORT, EchoProtocol, backend=backend) as server:
+        thread = background(server.serve_forever)
+        assert_echoes(server.server_address)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert server.loop.poller.closed
+    assert refuses(server.server_address)
+    server.close()
+    server.shutdown()
+
+
+def test_a_server_that_never_served_can_be_closed(backend: str) -> None:
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
+    server.close()
+    assert refuses(server.server_address)
+
+
+def test_protocols_hear_of_their_end_after_an_interrupt(backend: str) -> None:
+    class Interrupts(Recorder):
+        def data_received(self, data: bytes) -> None:
+            raise KeyboardInterrupt
+
+    protocol = Interrupts()
+    with Server(ANY_PORT, lambda: protocol, backend=backend) as server, connect(server.server_address) as client:
+        client.sendall(b"x")
+        with pytest.raises(KeyboardInterrupt):
+            server.serve_forever()
+        assert protocol.errors == []
+        server.close()
+        assert protocol.errors == [None]
+
+
+# Draining
+
+
+def test_shutdown_with_drain_lets_queued_bytes_out(backend: str, background: Any) -> None:
+    protocol = Burst()
+    protocols = iter([protocol])  # the first client's; those that only look in get their own
+    with Server(ANY_PORT, lambda: next(protocols, Recorder()), backend=backend) as server:
+        thread = background(server.serve_forever)
+        with connect(server.server_address) as client:
+            client.sendall(b"x")
+            wait_until(lambda: protocol.received)
+            began = time.monotonic()
+            stopping = background(server.shutdown, 30)
+            wait_until(lambda: refuses(server.server_address))  # nobody is accepted while it drains
+            assert len(receive_all(client)) == MUCH
+            stopping.join(10)
+            thread.join(10)
+            assert time.monotonic() - began < 10  # it does not wait for the deadline
+            assert protocol.errors == [None]
+
+
+def test_shutdown_cuts_a_peer_that_does_not_read_at_the_deadline(backend: str) -> None:
+    protocol = Burst()
+    server = Server(ANY_PORT, lambda: protocol, backend=backend)
+    with serving(server) as address, connect(address) as client:
+        client.sendall(b"x")
+        wait_until(lambda: protocol.received)
+        began = time.monotonic()
+        server.shutdown(drain=0.2)
+        assert 0.2 <= time.monotonic() - began < 5
+        with pytest.raises(ConnectionResetError):
+            receive_all(client)
+        assert protocol.errors == [None]
+
+
+def test_a_second_shutdown_shortens_the_drain(backend: str, background: Any) -> None:
+    protocol = Burst()
+    server = Server(ANY_PORT, lambda: protocol, backend=backend)
+    with serving(server) as address, connect(address) as client:
+        client.sendall(b"x")
+        wait_until(lambda: protocol.received)
+        first = background(server.shutdown, 60)
+        server.shutdown(drain=0)
+        first.join(10)
+        assert not first.is_alive()
+        assert protocol.errors == [None]
+
+
+def test_idle_connections_do_not_hold_up_a_drain(backend: str) -> None:
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
+    with serving(server) as address, connect(address) as client:
+        assert ask(client) == b"x"
+        began = time.monotonic()
+        server.shutdown(drain=60)
+        assert time.monotonic() - began < 10
+        assert client.recv(1) == b""
+
+
+# Reports
+
+
+def test_a_report_tells_who_and_how_much(backend: str) -> None:
+    reports = Reports()
+    server = Server(ANY_PORT, EchoProtocol, backend=backend, report=reports.report)
+    with serving(server) as address, connect(address) as client:
+        client.sendall(b"x" * 1234)
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"x" * 1234
+        report = reports.next()
+        assert report.peer == client.getsockname()
+    assert (report.bytes_in, report.bytes_out, report.error) == (1234, 1234, None)
+    assert 0 <= report.seconds < 10
+
+
+def test_a_report_tells_the_error(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Fails(Protocol):
+        def data_received(self, data: bytes) -> None:
+            raise ValueError("bad byte")
+
+    reports = Reports()
+    server = Server(ANY_PORT, Fails, backend=backend, report=reports.report)
+    with serving(server) as address, connect(address) as client:
+        with pytest.raises(ConnectionResetError):
+            ask(client)
+        report = reports.next()
+    assert isinstance(report.error, ValueError)
+    assert "bad byte" in caplog.text
+
+
+def test_a_failing_report_is_logged_and_stands_in_nobodys_way(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(report: ConnectionReport) -> None:
+        raise ValueError("no paper")
+
+    server = Server(ANY_PORT, EchoProtocol, backend=backend, report=fail)
+    with serving(server) as address, connect(address) as client:
+        assert_echoes(address)
+        assert_echoes(address)
+        assert ask(client) == b"x"
+        server.shutdown()  # returns, although the last report fails
+    assert caplog.text.count("ValueError: no paper") == 3
+
+
+# Addresses
+
+
+def test_ipv6(backend: str) -> None:
+    reports = Reports()
+    try:
+        server = Server(("::1", 0), EchoProtocol, backend=backend, report=reports.report)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with serving(server) as address:
+        assert_echoes(address)
+        assert str(reports.next()).startswith("[::1]:")
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets in this Python")
+def test_unix_socket(backend: str, tmp_path: Path) -> None:
+    reports = Reports()
+    server = Server(str(tmp_path / "echo"), EchoProtocol, backend=backend, report=reports.report)
+    with serving(server) as address:
+        assert address == str(tmp_path / "echo")
+        assert_echoes(address)
+        assert str(reports.next()).startswith("unix  1,000 B in, 1,000 B out, ")
+
+
+def test_an_empty_host_is_every_address(backend: str) -> None:
+    server = Server(("", 0), EchoProtocol, backend=backend)
+    with serving(server) as address:
+        host = "::1" if ":" in address[0] else "127.0.0.1"
+        assert_echoes((host, address[1]))
+
+
+def test_an_address_in_use_is_refused() -> None:
+    with Server(ANY_PORT, EchoProtocol) as server, pytest.raises(OSError) as caught:
+        Server(server.server_address, EchoProtocol)
+    assert caught.value.errno in {errno.EADDRINUSE, errno.EACCES}
+
+
+@pytest.mark.parametrize("port", [-1, 65_536])
+def test_a_port_that_does_not_exist_is_refused(port: int) -> None:
+    with pytest.raises(ValueError, match=str(port)):
+        Server(("127.0.0.1", port), EchoProtocol)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="carrier pigeon"):
+        Server(ANY_PORT, EchoProtocol, backend="carrier pigeon")
+
+
+def test_repr_tells_address_backend_and_connections(backend: str) -> None:
+    with Server(ANY_PORT, EchoProtocol, backend=backend) as server:
+        host, port = server.server_address
+        assert repr(server) == f"<Server at {host}:{port}, {backend}, 0 connected>"
+
+
+# Faults
+
+
+def test_a_factory_that_raises_costs_one_connection(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    failures = ["no protocol today"]
+
+    def factory() -> EchoProtocol:
+        if failures:
+            raise ValueError(failures.pop())
+        return EchoProtocol()
+
+    server = Server(ANY_PORT, factory, backend=backend)
+    with serving(server) as address:
+        with connect(address) as client, suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+        assert_echoes(address)
+    assert "no protocol today" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN], ids=errno.errorcode.get
+)
+def test_an_error_of_one_peer_in_accept_is_passed_over(
+    number: int, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [OSError(number, "injected")]
+    accept = socket.socket.accept
+
+    def fail_once(sock: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", fail_once)
+    with serving(Server(ANY_PORT, EchoProtocol, backend=backend)) as address:
+        began = time.monotonic()
+        assert_echoes(address)
+        assert failures == []
+        assert time.monotonic() - began < 5
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], ids=errno.errorcode.get)
+def test_accepting_rests_when_the_system_is_exhausted(
+    number: int, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [OSError(number, "injected")] * 2
+    accept = socket.socket.accept
+
+    def fail_twice(sock: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", fail_twice)
+    with serving(Server(ANY_PORT, EchoProtocol, backend=backend)) as address:
+        began = time.monotonic()
+        assert_echoes(address)
+        assert time.monotonic() - began >= 2 * ACCEPT_REST
+    assert failures == []
+    assert caplog.text.count("accepting rests") == 2
+
+
+def test_shutdown_does_not_wait_for_the_rest(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+
+    def fail(sock: socket.socket) -> Any:
+        failed.set()
+        raise OSError(errno.EMFILE, "injected")
+
+    monkeypatch.setattr(socket.socket, "accept", fail)
+    monkeypatch.setattr("muxio.server.server.ACCEPT_REST", 3600)
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
+    with serving(server) as address, connect(address):
+        assert failed.wait(10)
+        began = time.monotonic()
+        server.shutdown()
+        assert time.monotonic() - began < 10
+
+
+# It has as many descriptors as the interpreter has open, and a few more. For each line of its standard input it tells
+# how often the loop has turned; the end of the input ends it.
+SERVER_WITH_FEW_DESCRIPTORS = """
+import resource, socket, sys, threading
+from muxio.server import EchoProtocol, Server
+
+turns = 0
+with Server(("127.0.0.1", 0), EchoProtocol, backend=sys.argv[1]) as server:
+    poll = server.loop.poller.poll
+    def count(timeout):
+        global turns
+        turns += 1
+        return poll(timeout)
+    server.loop.poller.poll = count
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with socket.create_connection(server.server_address) as client:  # it serves: all that it needs is open
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        highest = client.fileno()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+    print(server.server_address[1], flush=True)
+    for line in sys.stdin:
+        print(turns, flush=True)
+    server.shutdown()
+    thread.join()
+"""
+
+
+def test_running_out_of_descriptors_is_survived(backend: str) -> None:
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", SERVER_WITH_FEW_DESCRIPTORS, backend]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        to_server, from_server = process.stdin, process.stdout
+
+        def turns() -> int:
+            to_server.write("turns?\n")
+            to_server.flush()
+            return int(from_server.readline())
+
+        try:
+            address = ("127.0.0.1", int(from_server.readline()))
+            with ExitStack() as stack:
+                clients = [stack.enter_context(connect(address)) for _ in range(40)]
+                for client in clients:
+                    client.sendall(b"x")
+                assert "accepting rests" in process.stderr.readline()
+                assert clients[0].recv(1) == b"x"
+                assert ask(clients[0], b"still served") == b"still served"
+                before, began = turns(), time.monotonic()
+                time.sleep(3 * ACCEPT_REST)  # a measurement, not a wait
+                rests = (time.monotonic() - began) / ACCEPT_REST
+                assert turns() - before < 10 + 5 * rests  # it does not spin
+                clients.pop(0).close()
+                for client in clients:  # in the order of accept: each that leaves makes room for one that waits
+                    assert client.recv(1) == b"x"
+                    client.close()
+            assert_echoes(address)
+            process.communicate("", timeout=10)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+
+
+def test_200_quick_clients_are_all_served(backend: str) -> None:
+    reports = Reports()
+    scripts = [Script((Send(10, seed), Receive(10), Leave())) for seed in range(200)]
+    server = Server(ANY_PORT, EchoProtocol, backend=backend, report=reports.report)
+    with serving(server) as address:
+        seen = run_many(scripts, address)
+        assert [(len(each.received), each.ending) for each in seen] == [(10, "left")] * 200
+        assert sum(reports.next().bytes_out for _ in scripts) == 2000
+
+
+def test_a_client_that_does_not_read_is_held_back_and_loses_nothing(backend: str) -> None:
+    class Measured(EchoProtocol):
+        peak = 0
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            Measured.peak = max(Measured.peak, self.transport.get_write_buffer_size())
+
+    protocols: list[Measured] = []
+
+    def factory() -> Measured:
+        protocols.append(Measured())
+        return protocols[-1]
+
+    server = Server(ANY_PORT, factory, backend=backend)
+    with serving(server) as address, closing(connect(address)) as client:
+        sent = bytearray()
+        client.setblocking(False)
+        piece = bytes(range(251)) * 100  # no power of two: what is lost or repeated shifts the rest
+
+        def full() -> bool:
+            with suppress(BlockingIOError):
+                while True:
+                    sent.extend(piece[: client.send(piece)])
+            return bool(protocols) and not protocols[0].transport.is_reading()
+
+        wait_until(full)
+        assert 0 < Measured.peak <= HIGH_WATER + RECEIVE_SIZE
+        assert_echoes(address)  # the others are served
+        full()
+        client.settimeout(10)
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == sent
