@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import math
 import os
 import threading
 import weakref
@@ -140,9 +139,14 @@ class Poller(Generic[Key]):
         ValueError: the bits make no sense. io.UnsupportedOperation: this backend cannot do them.
         OSError: EBADF for a closed descriptor. PermissionError: a regular file or a directory.
         """
-        fd = _number(source)
         if key is _SAME:
             key = source  # type: ignore[assignment]
+        try:
+            fd = source if isinstance(source, int) else source.fileno()
+        except (AttributeError, ValueError):
+            fd = -1
+        if fd < 0:
+            fd = _number(source)  # says what is wrong
         try:
             self._acquire()
             facility = self._facility
@@ -158,7 +162,7 @@ class Poller(Generic[Key]):
                 except FileExistsError:  # left behind by a register() that an exception cut short
                     facility.modify(fd, mask)
             self._table[fd] = source, events, key
-            if not events & ONESHOT and fd not in self._suspect:
+            if events < ONESHOT and fd not in self._suspect:
                 self._ready[fd] = key, READ
             if self._waiter:
                 self._interrupt()
@@ -184,14 +188,13 @@ class Poller(Generic[Key]):
             entry = self._table.get(fd)
             if entry is None or entry[0] is not source:
                 fd, entry = self._find(source)
+                _number(entry[0])  # raises if it is closed
             owner, asked, old_key = entry
             mask = facility.masks.get(events)
             if mask is None:
                 raise self._refusal(events)
             if (events | asked) & EXCLUSIVE:
                 raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
-            if owner is not source:
-                _number(owner)
             self._touched.add(fd)
             facility.modify(fd, mask)
             if key is _SAME:
@@ -284,56 +287,46 @@ class Poller(Generic[Key]):
         if timeout:
             if not timeout > 0:
                 raise ValueError(f"timeout is seconds, 0 or more, or None for ever; not {timeout!r}")
-            if timeout == math.inf:
-                timeout = None
-            else:
-                deadline = monotonic() + timeout
+            deadline = monotonic() + timeout
         if max_events < 1:
             raise ValueError(f"max_events is 1 or more, not {max_events!r}")
-        waiting = False
+        facility = None
         token: list[None] = []
         try:
             if self._waiter.setdefault(None, token) is not token:
                 raise RuntimeError("another thread waits in this poller already")
-            facility, ready = self._facility, self._ready
-            wait = facility.wait
-            while True:
-                self._last = _NO_BATCH
-                if self._touched:
-                    self._forget_touched()
-                if deadline is not None and timeout > _LONGEST_WAIT:  # type: ignore[operator]
-                    timeout = _LONGEST_WAIT
-                waiting = True
-                raw = wait(timeout, max_events)
-                try:
-                    # The hot path: most events are a plain READ.
-                    batch = [ready[fd] if events == READ else self._translate(fd, events) for fd, events in raw]
-                except KeyError:
-                    batch, woken = self._take_care(facility, raw)
-                else:
-                    woken = False
-                    self._last = [raw, batch, None]
-                    if self._touched:
-                        batch, woken = self._take_care(facility, raw)
-                if batch or timeout == 0:
-                    return batch
-                if woken:
-                    if len(raw) < max_events:
-                        return batch
-                    timeout, deadline = 0, None  # the wake-up took the only place: look for what is ready
-                elif deadline is not None:
-                    timeout = deadline - monotonic()
-                    if timeout <= 0:
-                        return batch
+            self._last = _NO_BATCH
+            if self._touched:
+                self._forget_touched()
+            ready = self._ready
+            facility = self._facility
+            if deadline is None:
+                raw = facility.wait(timeout, max_events)
+            else:
+                raw = self._wait_until(facility, deadline, max_events)
+            # The hot path: most events are a plain READ. A loop, since a comprehension costs a call before 3.12.
+            batch = []
+            try:
+                for fd, events in raw:
+                    batch.append(ready[fd] if events == READ else self._translate(fd, events))
+                self._last = [raw, batch, None]
+                careful = self._touched or not batch
+            except KeyError:
+                careful = True
+            if careful:
+                batch = self._take_care(facility, raw, timeout, deadline, max_events)
+            del self._waiter[None]
+            if self._closed:
+                self._give_back()
+            return batch
         except BaseException:
-            if waiting:
+            if facility is not None:
                 self._rearm()
-            raise
-        finally:
             if self._waiter.get(None) is token:
                 del self._waiter[None]
                 if self._closed:
                     self._give_back()
+            raise
 
     def wake(self) -> None:
         """End the current or else the next `poll`. From any thread, and from a signal handler. Wake-ups coalesce."""
@@ -479,7 +472,39 @@ class Poller(Generic[Key]):
             raise KeyError
         return self._ready[fd][0], events
 
-    def _take_care(self, facility: Facility, raw: list[tuple[int, int]]) -> tuple[list[tuple[Any, int]], bool]:
+    def _wait_until(self, facility: Facility, deadline: float, max_events: int) -> list[tuple[int, int]]:
+        """One wait towards the deadline. It may come back empty before that, but no later than the facility can."""
+        timeout = deadline - monotonic()
+        if timeout <= facility.coarseness:
+            return facility.wait_finely(max(timeout, 0.0), max_events)
+        return facility.wait(min(timeout - facility.coarseness, _LONGEST_WAIT), max_events)
+
+    def _take_care(
+        self,
+        facility: Facility,
+        raw: list[tuple[int, int]],
+        timeout: float | None,
+        deadline: float | None,
+        max_events: int,
+    ) -> list[tuple[Any, int]]:
+        """Finish a `poll` whose first batch was empty or not plain: translate carefully, and wait on if need be."""
+        while True:
+            batch, woken = self._translate_carefully(facility, raw)
+            if batch or (woken and len(raw) < max_events):
+                return batch
+            if woken:
+                timeout, deadline = 0, None  # the wake-up took the only place: look for what is ready
+            elif timeout == 0 or (deadline is not None and monotonic() >= deadline):
+                return batch
+            self._forget_touched()
+            if deadline is None:
+                raw = facility.wait(timeout, max_events)
+            else:
+                raw = self._wait_until(facility, deadline, max_events)
+
+    def _translate_carefully(
+        self, facility: Facility, raw: list[tuple[int, int]]
+    ) -> tuple[list[tuple[Any, int]], bool]:
         """Translate a batch in which not every event is plain. Returns it, and whether somebody called `wake`."""
         woken = haunted = False
         kept: list[tuple[int, int]] = []
@@ -504,9 +529,10 @@ class Poller(Generic[Key]):
                     if fd in self._suspect and not events & INVALID:
                         events = facility.verify(fd, events)
                         haunted |= not events
+                    events = self._report(fd, entry[1], events) if events else 0
                     if events:
                         kept.append((fd, events))
-                        batch.append((entry[2], self._report(fd, entry[1], events)))
+                        batch.append((entry[2], events))
             self._last = [kept, batch, None]
             if haunted:
                 self._renew()

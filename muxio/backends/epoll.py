@@ -38,14 +38,17 @@ class Backend(Facility):
     masks = _MASKS
     sees_changes = True
     outlives_close = True
+    coarseness = 0.001  # epoll_wait(2) counts milliseconds, and CPython rounds up to them
 
-    __slots__ = ("_epoll", "_waker", "add", "modify", "remove", "wake_fd")
+    __slots__ = ("_epoll", "_waker", "add", "modify", "remove", "wait", "wake_fd")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        # These are epoll's own, unwrapped: a call through Python would cost a tenth of registering a socket.
+        # These are epoll's own, unwrapped: a call through Python would cost a tenth of registering a socket, and a
+        # tenth of a poll with one event.
         self.add = self._epoll.register  # type: ignore[method-assign, assignment, unused-ignore]
         self.modify = self._epoll.modify  # type: ignore[method-assign, assignment, unused-ignore]
+        self.wait = self._epoll.poll  # type: ignore[method-assign, assignment, unused-ignore]
         self.remove = self._epoll.unregister  # type: ignore[method-assign, unused-ignore]
         try:
             self._waker = Waker()
@@ -63,16 +66,10 @@ class Backend(Facility):
         except OSError:
             pass  # closed, and dropped by the kernel
 
-    def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
-        if timeout is None:
-            return self._epoll.poll(-1, max_events)
-        if timeout >= 0.001:
-            # epoll_wait(2) counts milliseconds and CPython rounds up to them: 0.0021 would wait 3. So wait for the
-            # whole ones, and the poller comes back for the rest. Half a millisecond less is rounded up to just that
-            # number, where the number itself may become one more as a float (0.029 waits 30).
-            return self._epoll.poll((int(timeout * 1000) - 0.5) / 1000, max_events)
-        if timeout > 0 and (fd := self._epoll.fileno()) < _SELECTABLE:
-            # An epoll is readable while it has events, and select() counts microseconds.
+    def wait_finely(self, timeout: float, max_events: int) -> list[tuple[int, int]]:
+        """An epoll is readable while it has events, and select() counts microseconds."""
+        fd = self._epoll.fileno()
+        if fd < _SELECTABLE:
             select.select([fd], [], [], timeout)
             timeout = 0
         return self._epoll.poll(timeout, max_events)

@@ -27,6 +27,8 @@ class Facility:
     sees_changes: bool
     #: Whether the kernel may go on reporting a number after its descriptor was closed (then `verify` and `renew`).
     outlives_close = False
+    #: How many seconds late `wait` may be. Where that is more than 0, `wait_finely` is better.
+    coarseness = 0.0
     #: The number under which `wait` reports a wake-up.
     wake_fd: int
 
@@ -51,10 +53,13 @@ class Facility:
     def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
         """Wait for events: (number, bits) pairs, each number once, at most `max_events` and one for the wake-up.
 
-        timeout: seconds, at most a day; None for ever. It may come back empty before the time is over; how late it
-        may come back is the facility's resolution.
+        timeout: seconds, at most a day; None for ever. It may come back empty before the time is over.
         """
         raise NotImplementedError
+
+    def wait_finely(self, timeout: float, max_events: int) -> list[tuple[int, int]]:
+        """`wait`, with the best resolution there is, for a short time (at most `coarseness`)."""
+        return self.wait(timeout, max_events)
 
     def wake(self) -> None:
         """Make the current or the next `wait` report `wake_fd`. Never blocks."""

@@ -12,11 +12,17 @@ from muxio.backends.facility import INVALID, Facility, refuse_files
 from muxio.backends.waker import Waker
 from muxio.events import EDGE, ERROR, HANGUP, ONESHOT, PRIORITY, READ, READ_CLOSED, WRITE, combinations
 
-#: <sys/event.h> has it on all these systems, the select module does not name it.
+#: <sys/event.h> has them on all these systems, the select module does not name them.
 _EV_RECEIPT = 0x40
+_EV_DISPATCH = 0x80
 
 #: EVFILT_EXCEPT and its NOTE_OOB, from each system's <sys/event.h>. FreeBSD and NetBSD have no such filter.
 _EXCEPT = {"darwin": (-15, 0x2), "dragonfly": (-8, 0x2), "openbsd": (-9, 0x4)}
+
+
+#: EV_EOF is about one direction. Within `wait` a number carries this bit for the other one; both make a hang-up.
+_WRITE_CLOSED = 1 << 32
+_ENDED = READ_CLOSED | _WRITE_CLOSED
 
 
 class Kevent(Protocol):
@@ -73,7 +79,7 @@ class Backend(Facility):
     name = "kqueue"
     sees_changes = True
 
-    __slots__ = ("_filters", "_interest", "_kqueue", "_module", "_oob", "_pid", "_waker", "masks", "wake_fd")
+    __slots__ = ("_filters", "_fired", "_interest", "_kqueue", "_module", "_oob", "_pid", "_waker", "masks", "wake_fd")
 
     def __init__(self, module: KqueueModule | None = None, system: str = sys.platform) -> None:
         self._module = module or _native()
@@ -85,6 +91,9 @@ class Backend(Facility):
             self._oob = urgent[1]
             self._interest.append((PRIORITY, *urgent))
         self.masks = combinations(EDGE | ONESHOT | sum(bit for bit, _, _ in self._interest))
+        #: Filters that reported PRIORITY and rest until the next `wait`. They are the only ones with EV_DISPATCH:
+        #: EVFILT_EXCEPT fires at the end of input as well, for as long as that lasts, and nobody asked for that.
+        self._fired: list[tuple[int, int, int]] = []
         #: Number -> the filters that are in the kernel for it.
         self._filters: dict[int, list[int]] = {}
         self._pid = os.getpid()
@@ -103,10 +112,14 @@ class Backend(Facility):
 
     def modify(self, fd: int, mask: int) -> None:
         self.disarm(fd, mask)  # EV_ADD does not change the mode of a filter that is there (FreeBSD kern_event.c)
-        flags = self._module.KQ_EV_ADD | self._module.KQ_EV_ENABLE | (self._module.KQ_EV_CLEAR if mask & EDGE else 0)
-        wanted = [(number, note) for bit, number, note in self._interest if mask & bit]
-        self._filters[fd] = [number for number, _ in wanted]
-        trouble = self._change(self._module.kevent(fd, number, flags, note) for number, note in wanted)
+        add = self._module.KQ_EV_ADD | self._module.KQ_EV_ENABLE
+        changes = []
+        for bit, number, note in self._interest:
+            if mask & bit:
+                mode = self._module.KQ_EV_CLEAR if mask & EDGE else _EV_DISPATCH if bit == PRIORITY else 0
+                changes.append(self._module.kevent(fd, number, add | mode, note))
+        self._filters[fd] = [change.filter for change in changes]
+        trouble = self._change(changes)
         if trouble:
             self.disarm(fd, mask)
             raise OSError(trouble, os.strerror(trouble))
@@ -120,14 +133,17 @@ class Backend(Facility):
         self._change(self._module.kevent(fd, number, flags, 0) for number in self._filters.pop(fd, ()))
 
     def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
+        if self._fired:
+            enable = self._module.KQ_EV_ENABLE
+            self._change(self._module.kevent(fd, number, enable, note) for fd, number, note in self._fired)
+            self._fired.clear()
         found: dict[int, int] = {}
         for event in self._kqueue.control(None, max_events, timeout):
-            bits = self._bits(event)
-            known = found.get(event.ident, 0)
-            if event.flags & self._module.KQ_EV_EOF and known & _ENDED:
-                bits |= HANGUP  # EV_EOF is about one direction, and this is the second
-            found[event.ident] = known | bits | (_ENDED if event.flags & self._module.KQ_EV_EOF else 0)
-        return [(fd, bits & ~_ENDED) for fd, bits in found.items()]
+            found[event.ident] = found.get(event.ident, 0) | self._bits(event)
+        for fd, bits in found.items():
+            if bits & _ENDED == _ENDED:
+                found[fd] |= HANGUP
+        return [(fd, bits & ~_WRITE_CLOSED) for fd, bits in found.items() if bits]
 
     def wake(self) -> None:
         self._waker.wake()
@@ -170,15 +186,13 @@ class Backend(Facility):
                 bits |= HANGUP if _is_pipe(event.ident) else READ_CLOSED
         elif event.filter == self._module.KQ_FILTER_WRITE:
             bits |= WRITE
-            if ended and _is_pipe(event.ident):  # on a socket it may be our own SHUT_WR (FreeBSD filt_sowrite)
-                bits |= ERROR
-        elif event.fflags & self._oob and not ended:
+            if ended:  # on a socket it may be our own SHUT_WR (FreeBSD filt_sowrite)
+                bits |= ERROR if _is_pipe(event.ident) else _WRITE_CLOSED
+        elif not ended and event.fflags & self._oob:
             bits |= PRIORITY
+            self._fired.append((event.ident, event.filter, self._oob))
         return bits
 
-
-#: Marks a number one of whose directions has ended, within `wait`.
-_ENDED = 1 << 32
 
 _not_ours: list[Kqueue] = []
 
