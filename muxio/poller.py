@@ -9,7 +9,7 @@ import threading
 import weakref
 from time import monotonic
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 from muxio.backends import NAMES, open_backend, probe
 from muxio.backends.facility import INVALID, Facility
@@ -57,6 +57,9 @@ class Registration(NamedTuple):
 #: No key was given. (None is a key like any other.)
 _SAME: Any = object()
 
+#: [source, events, key] of a registration.
+_Entry = list[Any]
+
 #: Events that say more than a handler has asked for, or of a source that is closed.
 _CARE = ERROR | HANGUP | INVALID
 
@@ -89,16 +92,8 @@ class Poller(Generic[Key]):
     `wake` is promised. In a forked child the poller refuses everything but `close`: make a new one there.
     """
 
-    # How threads are kept apart, with or without a GIL:
-    #
-    # - `_lock` guards every change, every call of the facility but `wait`, and the careful way through a batch. It is
-    #   reentrant, so that a signal handler may `wake` whatever it interrupts. It is acquired inside the `try` whose
-    #   `finally` releases it: a handler that raises between the two would otherwise leave it locked for good.
-    # - `_waiter` admits one `poll` at a time: dict.setdefault is atomic. The value is a list of that call's own, so
-    #   its `finally` can tell whether it got in, wherever an exception struck.
-    # - A batch is translated without the lock. A change notes its number in `_touched` before it does anything, and
-    #   corrects the last batch when it is done; `poll` publishes the batch (one store), then looks at `_touched`.
-    #   Either `poll` sees the note and takes the careful way, or the change sees the batch: no stale event slips by.
+    # How threads are kept apart, with or without a GIL: see "Who may do what at the same time" in
+    # docs/architecture.md, which also says why each step of register, modify and unregister comes where it does.
 
     def __init__(self, backend: str | Facility | None = None) -> None:
         self._facility = backend if isinstance(backend, Facility) else _choose(backend)
@@ -113,17 +108,17 @@ class Poller(Generic[Key]):
         self._acquire, self._release = self._lock.acquire, self._lock.release
         self._waiter: dict[None, list[None]] = {}
         self._woken = False
-        #: Number -> (source, events, key).
-        self._table: dict[int, tuple[Source, int, Any]] = {}
-        #: Number -> the (key, READ) that a plain READ event becomes, for the registrations whose events need no care.
-        #: One look-up and a tuple made beforehand are what an event costs: that makes `poll` fast.
-        self._ready: dict[int, tuple[Any, int]] = {}
+        #: Number -> [source, events, key]: what the kernel ought to know. A change is made here first.
+        self._table: dict[int, _Entry] = {}
         #: Numbers of registrations that report nothing until `modify`.
         self._disarmed: set[int] = set()
         #: Numbers under which the kernel may report a file that is no longer theirs.
         self._suspect: set[int] = set()
         #: Numbers that were changed since the current wait began.
         self._touched: set[int] = set()
+        #: Number -> the (key, READ) that a plain READ event becomes, filled in at the first event. One look-up and no
+        #: new tuple are what an event costs then, and registering does not pay for it.
+        self._ready: dict[int, tuple[Any, int]] = {}
         self._last = _NO_BATCH
 
     # Registrations
@@ -147,27 +142,22 @@ class Poller(Generic[Key]):
             fd = -1
         if fd < 0:
             fd = _number(source)  # says what is wrong
+        entry: _Entry = [source, events, key]
+        facility = self._facility
+        mask = facility.plain.get(events)
         try:
-            self._acquire()
-            facility = self._facility
-            mask = facility.masks.get(events)
-            if mask is None:
-                raise self._refusal(events)
-            self._touched.add(fd)
-            if fd in self._table:
-                self._take_over(fd, source, mask)
-            else:
-                try:
-                    facility.add(fd, mask)
-                except FileExistsError:  # left behind by a register() that an exception cut short
-                    facility.modify(fd, mask)
-            self._table[fd] = source, events, key
-            if events < ONESHOT and fd not in self._suspect:
-                self._ready[fd] = key, READ
-            if self._waiter:
-                self._interrupt()
-        finally:
-            self._release()
+            if mask is None or self._table.setdefault(fd, entry) is not entry:
+                self._register_locked(fd, entry)
+                return
+            try:
+                facility.add(fd, mask)
+            except FileExistsError:  # left behind by a register() that an exception cut short
+                self._settle(fd)
+            if self._table.get(fd) is not entry:
+                self._settle(fd)
+        except BaseException:
+            self._withdraw(fd, entry)
+            raise
 
     def modify(self, source: Source, events: int, key: Key = _SAME) -> None:
         """Change what a registered source is watched for, and arm a ONESHOT that has fired.
@@ -178,40 +168,30 @@ class Poller(Generic[Key]):
         KeyError: not registered. ValueError, io.UnsupportedOperation: as in `register`; besides, an EXCLUSIVE
         registration cannot be modified (EINVAL, epoll_ctl(2)). OSError: EBADF if the descriptor was closed.
         """
+        facility = self._facility
+        mask = facility.plain.get(events)
         try:
-            self._acquire()
-            facility = self._facility
-            try:
-                fd = source if isinstance(source, int) else source.fileno()
-            except ValueError:
-                fd = -1
-            entry = self._table.get(fd)
-            if entry is None or entry[0] is not source:
-                fd, entry = self._find(source)
-                _number(entry[0])  # raises if it is closed
-            owner, asked, old_key = entry
-            mask = facility.masks.get(events)
-            if mask is None:
-                raise self._refusal(events)
-            if (events | asked) & EXCLUSIVE:
-                raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
-            self._touched.add(fd)
-            facility.modify(fd, mask)
-            if key is _SAME:
-                key = old_key
-            self._table[fd] = owner, events, key
-            if events & ONESHOT or fd in self._suspect:
+            fd = source if isinstance(source, int) else source.fileno()
+        except (AttributeError, ValueError):
+            fd = -1
+        entry = self._table.get(fd)
+        if mask is None or entry is None or (entry[0] is not source and fd is not source) or entry[1] >= EXCLUSIVE:
+            self._modify_locked(source, events, key)
+            return
+        _, asked, old_key = entry
+        try:
+            entry[1] = events
+            if key is not _SAME:
+                entry[2] = key
                 self._ready.pop(fd, None)
-            else:
-                self._ready[fd] = key, READ
-            if self._disarmed:
-                self._disarmed.discard(fd)
-            if self._last is not _NO_BATCH:
-                self._correct(fd, key, events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
-            if self._waiter:
-                self._interrupt()
-        finally:
-            self._release()
+            facility.modify(fd, mask)
+        except BaseException as error:
+            self._take_back(fd, entry, asked, old_key, error)
+        self._touched.add(fd)
+        if self._last is not _NO_BATCH:
+            self._correct(fd, entry[2], events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
+        if entry[1] != events or self._table.get(fd) is not entry or self._disarmed:
+            self._settle(fd, arm=True)
 
     def unregister(self, source: Source) -> None:
         """Watch a source no more. It works for whatever is registered, also right after it was closed.
@@ -222,33 +202,29 @@ class Poller(Generic[Key]):
 
         KeyError: not registered.
         """
+        facility = self._facility
         try:
-            self._acquire()
-            facility = self._facility
-            try:
-                fd = source if isinstance(source, int) else source.fileno()
-            except ValueError:
-                fd = -1
-            entry = self._table.get(fd)
-            if entry is None or entry[0] is not source:
-                fd, entry = self._find(source)
-            key = entry[2]
-            self._touched.add(fd)
-            try:
-                facility.remove(fd)
-            except OSError:  # closed
-                if facility.outlives_close:
-                    self._suspect.add(fd)
-            del self._table[fd]
-            self._ready.pop(fd, None)
-            if self._disarmed:
-                self._disarmed.discard(fd)
-            if self._last is not _NO_BATCH:
-                self._correct(fd, key, 0)
-            if self._waiter:
-                self._interrupt()
-        finally:
-            self._release()
+            fd = source if isinstance(source, int) else source.fileno()
+        except (AttributeError, ValueError):
+            fd = -1
+        entry = self._table.get(fd)
+        if not facility.plain or entry is None or (entry[0] is not source and fd is not source):
+            self._unregister_locked(source)
+            return
+        if self._table.pop(fd, None) is None:
+            raise KeyError(f"{source!r} is not registered")
+        self._ready.pop(fd, None)
+        try:
+            facility.remove(fd)
+        except OSError:
+            self._suspect_leftovers(fd)
+        self._touched.add(fd)
+        if self._disarmed:
+            self._disarmed.discard(fd)
+        if self._last is not _NO_BATCH:
+            self._correct(fd, entry[2], 0)
+        if fd in self._table:
+            self._settle(fd)
 
     def registrations(self) -> list[Registration]:
         """All registrations, stale ones too, as named tuples (source, fd, events, key)."""
@@ -290,10 +266,10 @@ class Poller(Generic[Key]):
             deadline = monotonic() + timeout
         if max_events < 1:
             raise ValueError(f"max_events is 1 or more, not {max_events!r}")
-        facility = None
         token: list[None] = []
+        waiter = self._waiter
         try:
-            if self._waiter.setdefault(None, token) is not token:
+            if waiter.setdefault(None, token) is not token:
                 raise RuntimeError("another thread waits in this poller already")
             self._last = _NO_BATCH
             if self._touched:
@@ -303,29 +279,27 @@ class Poller(Generic[Key]):
             if deadline is None:
                 raw = facility.wait(timeout, max_events)
             else:
-                raw = self._wait_until(facility, deadline, max_events)
-            # The hot path: most events are a plain READ. A loop, since a comprehension costs a call before 3.12.
+                raw = _wait_for(facility, timeout, max_events)  # type: ignore[arg-type]
             batch = []
             try:
-                for fd, events in raw:
+                for fd, events in raw:  # a comprehension costs a call before CPython 3.12
                     batch.append(ready[fd] if events == READ else self._translate(fd, events))
                 self._last = [raw, batch, None]
-                careful = self._touched or not batch
-            except KeyError:
-                careful = True
-            if careful:
+                if not batch or self._touched:
+                    batch = self._take_care(facility, raw, timeout, deadline, max_events)
+            except KeyError:  # the first event of a number, or one that needs care
                 batch = self._take_care(facility, raw, timeout, deadline, max_events)
-            del self._waiter[None]
+            del waiter[None]
             if self._closed:
                 self._give_back()
             return batch
         except BaseException:
-            if facility is not None:
-                self._rearm()
-            if self._waiter.get(None) is token:
-                del self._waiter[None]
+            if waiter.get(None) is token:
+                del waiter[None]
                 if self._closed:
                     self._give_back()
+                else:
+                    self._rearm()
             raise
 
     def wake(self) -> None:
@@ -395,27 +369,161 @@ class Poller(Generic[Key]):
         state = "closed" if self._closed else f"{len(self)} registered" + (", waiting" if self._waiter else "")
         return f"<{type(self).__name__} {self._backend}: {state}>"
 
-    # Under the lock
+    # Changes that are not plain, under the lock
 
-    def _find(self, source: Source) -> tuple[int, tuple[Source, int, Any]]:
+    def _register_locked(self, fd: int, entry: _Entry) -> None:
+        try:
+            self._acquire()
+            facility = self._facility
+            events = entry[1]
+            mask = facility.masks.get(events)
+            if mask is None:
+                raise self._refusal(events)
+            self._touched.add(fd)
+            if self._table.setdefault(fd, entry) is not entry:
+                self._take_over(fd, entry, mask)
+            else:
+                try:
+                    facility.add(fd, mask)
+                except FileExistsError:
+                    self._settle(fd)
+            if self._table.get(fd) is not entry:
+                self._settle(fd)
+            self._interrupt()
+        finally:
+            self._release()
+
+    def _modify_locked(self, source: Source, events: int, key: Any) -> None:
+        try:
+            self._acquire()
+            facility = self._facility
+            fd, entry = self._find(source)
+            mask = facility.masks.get(events)
+            if mask is None:
+                raise self._refusal(events)
+            _, asked, old_key = entry
+            if (events | asked) & EXCLUSIVE:
+                raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
+            if _is_gone(entry[0], fd):
+                raise OSError(errno.EBADF, f"closed while it was registered: {entry[0]!r}")
+            self._touched.add(fd)
+            try:
+                entry[1] = events
+                if key is not _SAME:
+                    entry[2] = key
+                self._ready.pop(fd, None)
+                facility.modify(fd, mask)
+            except BaseException as error:
+                self._take_back(fd, entry, asked, old_key, error)
+            self._disarmed.discard(fd)
+            self._correct(fd, entry[2], events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
+            if entry[1] != events or self._table.get(fd) is not entry:
+                self._settle(fd)
+            self._interrupt()
+        finally:
+            self._release()
+
+    def _unregister_locked(self, source: Source) -> None:
+        try:
+            self._acquire()
+            facility = self._facility
+            fd, entry = self._find(source)
+            self._touched.add(fd)
+            if self._table.pop(fd, None) is not None:
+                self._ready.pop(fd, None)
+                try:
+                    facility.remove(fd)
+                except OSError:
+                    self._suspect_leftovers(fd)
+                self._disarmed.discard(fd)
+                self._correct(fd, entry[2], 0)
+                if fd in self._table:
+                    self._settle(fd)
+                self._interrupt()
+        finally:
+            self._release()
+
+    def _find(self, source: Source) -> tuple[int, _Entry]:
         """The number and the entry of a registered source: by number, and by the object once that is closed."""
         try:
-            fd = source if isinstance(source, int) else source.fileno()
-        except ValueError:
+            fd = _number(source)
+        except OSError:
             fd = -1
         entry = self._table.get(fd)
         if entry is not None and (entry[0] is source or isinstance(source, int) or not _is_gone(entry[0], fd)):
             return fd, entry
-        for fd, entry in self._table.items():
+        for fd, entry in list(self._table.items()):
             if entry[0] is source:
                 return fd, entry
         self._facility.name  # noqa: B018 - says so if the poller is closed
         raise KeyError(f"{source!r} is not registered")
 
+    def _settle(self, fd: int, arm: bool = False) -> None:
+        """Make the kernel follow the table, after a change that another one overtook; arms it anew.
+
+        arm: also if it was disarmed.
+        """
+        try:
+            self._acquire()
+            facility = self._facility
+            if arm:
+                self._disarmed.discard(fd)
+            settled = False
+            while not settled:
+                entry = self._table.get(fd)
+                try:
+                    if entry is None:
+                        facility.remove(fd)
+                    else:
+                        events = entry[1]
+                        mask = facility.masks[0 if fd in self._disarmed else events]
+                        try:
+                            facility.modify(fd, mask)
+                        except FileNotFoundError:
+                            if not _is_gone(entry[0], fd):
+                                facility.add(fd, mask)
+                except OSError:
+                    pass  # closed: it stays listed until it is unregistered
+                settled = self._table.get(fd) is entry and (entry is None or entry[1] == events)
+        finally:
+            self._release()
+
+    def _withdraw(self, fd: int, entry: _Entry) -> None:
+        """Undo a registration that failed."""
+        try:
+            self._acquire()
+            if self._table.get(fd) is entry:
+                del self._table[fd]
+                self._settle(fd)
+        finally:
+            self._release()
+
+    def _take_back(self, fd: int, entry: _Entry, events: int, key: Any, error: BaseException) -> NoReturn:
+        """Undo a modification that failed, and raise what the user is to see."""
+        try:
+            self._acquire()
+            entry[1:] = events, key
+            self._ready.pop(fd, None)
+            if not isinstance(error, OSError):
+                self._settle(fd)
+            elif self._table.get(fd) is not entry:
+                raise KeyError(f"{entry[0]!r} is not registered") from None  # another thread was faster
+            elif isinstance(error, FileNotFoundError):
+                raise OSError(errno.EBADF, f"closed while it was registered: {entry[0]!r}") from None
+            raise error
+        finally:
+            self._release()
+
     def _interrupt(self) -> None:
         """Let a wait under way begin anew if it would not notice the change by itself."""
-        if not self._facility.sees_changes:
+        if self._waiter and not self._facility.sees_changes:
             self._facility.wake()
+
+    def _suspect_leftovers(self, fd: int) -> None:
+        """The kernel could not remove a closed descriptor; a dup may keep its file alive."""
+        if self._facility.outlives_close:
+            self._suspect.add(fd)
+            self._ready.pop(fd, None)
 
     def _correct(self, fd: int, key: Any, allowed: int) -> None:
         """Cut the event that the list returned last has for a number down to the allowed bits."""
@@ -427,10 +535,10 @@ class Poller(Generic[Key]):
         if place is not None and place < len(batch):
             batch[place] = key, batch[place][1] & allowed
 
-    def _take_over(self, fd: int, source: Source, mask: int) -> None:
+    def _take_over(self, fd: int, entry: _Entry, mask: int) -> None:
         """Register a number that is taken, if its owner is gone for sure; else KeyError."""
         owner, _, key = self._table[fd]
-        gone = owner is not source and _is_gone(owner, fd)
+        gone = owner is not entry[0] and _is_gone(owner, fd)
         facility = self._facility
         try:
             # epoll knows files, not only numbers: it refuses the number while it is still the same file's.
@@ -442,8 +550,8 @@ class Poller(Generic[Key]):
                 raise KeyError(f"descriptor {fd} is registered already, for {owner!r}") from None
             facility.modify(fd, mask)  # the file lives on under a new object
         else:
-            if facility.outlives_close:
-                self._suspect.add(fd)
+            self._suspect_leftovers(fd)
+        self._table[fd] = entry
         self._ready.pop(fd, None)
         self._disarmed.discard(fd)
         self._correct(fd, key, 0)
@@ -467,17 +575,19 @@ class Poller(Generic[Key]):
     # Events
 
     def _translate(self, fd: int, events: int) -> tuple[Any, int]:
-        """Any event but the plain READ. KeyError if it needs care."""
+        """What an event becomes. KeyError if it needs care."""
         if events & _CARE:
-            raise KeyError
-        return self._ready[fd][0], events
-
-    def _wait_until(self, facility: Facility, deadline: float, max_events: int) -> list[tuple[int, int]]:
-        """One wait towards the deadline. It may come back empty before that, but no later than the facility can."""
-        timeout = deadline - monotonic()
-        if timeout <= facility.coarseness:
-            return facility.wait_finely(max(timeout, 0.0), max_events)
-        return facility.wait(min(timeout - facility.coarseness, _LONGEST_WAIT), max_events)
+            raise KeyError(fd)
+        pair = self._ready.get(fd)
+        if pair is None:
+            entry = self._table[fd]
+            _, asked, key = entry
+            if asked >= ONESHOT or fd in self._suspect or fd in self._disarmed:
+                raise KeyError(fd)
+            self._ready[fd] = pair = key, READ
+            if self._table.get(fd) is not entry or entry[1] != asked or entry[2] is not key:
+                self._ready.pop(fd, None)  # changed meanwhile: the next event finds out
+        return pair if events == READ else (pair[0], events)
 
     def _take_care(
         self,
@@ -489,18 +599,28 @@ class Poller(Generic[Key]):
     ) -> list[tuple[Any, int]]:
         """Finish a `poll` whose first batch was empty or not plain: translate carefully, and wait on if need be."""
         while True:
-            batch, woken = self._translate_carefully(facility, raw)
+            try:
+                batch, woken = [self._translate(fd, events) for fd, events in raw], False
+                self._last = [raw, batch, None]
+                careful = bool(self._touched)
+            except KeyError:
+                careful = True
+            if careful:
+                batch, woken = self._translate_carefully(facility, raw)
             if batch or (woken and len(raw) < max_events):
                 return batch
             if woken:
                 timeout, deadline = 0, None  # the wake-up took the only place: look for what is ready
-            elif timeout == 0 or (deadline is not None and monotonic() >= deadline):
+            elif timeout == 0:
                 return batch
             self._forget_touched()
             if deadline is None:
                 raw = facility.wait(timeout, max_events)
             else:
-                raw = self._wait_until(facility, deadline, max_events)
+                left = deadline - monotonic()
+                if left <= 0:
+                    return batch
+                raw = _wait_for(facility, left, max_events)
 
     def _translate_carefully(
         self, facility: Facility, raw: list[tuple[int, int]]
@@ -522,9 +642,11 @@ class Poller(Generic[Key]):
                     # The event may be older than the change, so it is dropped. What still holds comes again: level
                     # events by themselves, the others when they are armed anew.
                     if entry is not None and entry[1] & (EDGE | ONESHOT) and fd not in self._disarmed:
-                        self._arm(fd, entry[1])
+                        self._settle(fd)
                 elif entry is None:
                     haunted |= not self._remove_leftover(fd)
+                    if fd in self._table:
+                        self._settle(fd)
                 elif fd not in self._disarmed:
                     if fd in self._suspect and not events & INVALID:
                         events = facility.verify(fd, events)
@@ -550,15 +672,12 @@ class Poller(Generic[Key]):
             self._facility.disarm(fd, self._facility.masks[asked])
             self._disarmed.add(fd)
             self._ready.pop(fd, None)
+            if fd in self._touched:  # another thread has modified it since, and armed it: look again
+                self._settle(fd, arm=True)
+                return 0
         if events & (ERROR | HANGUP):
             events |= interest
         return events & (asked | HINTS)
-
-    def _arm(self, fd: int, events: int) -> None:
-        try:
-            self._facility.modify(fd, self._facility.masks[events])
-        except OSError:
-            pass  # closed: it stays listed until it is unregistered
 
     def _remove_leftover(self, fd: int) -> bool:
         """Stop the kernel from reporting a number that nobody registered; False if it cannot be told to."""
@@ -571,23 +690,18 @@ class Poller(Generic[Key]):
     def _renew(self) -> None:
         """Begin anew, without the closed files that a dup keeps alive in an epoll and no call can remove."""
         self._suspect.clear()
-        for fd, (_, events, key) in self._table.items():
-            if not events & ONESHOT and fd not in self._disarmed:
-                self._ready[fd] = key, READ
-        masks = self._facility.masks
-        self._facility.renew(
-            (fd, masks[0 if fd in self._disarmed else events]) for fd, (_, events, _) in self._table.items()
-        )
+        self._facility.renew()
+        for fd in list(self._table):
+            self._settle(fd)
 
     def _rearm(self) -> None:
         """After an exception out of a wait: events that fire once may have been taken from the kernel and lost."""
         try:
             self._acquire()
             lost = {fd for fd, _ in self._last[0]}
-            for fd, (_, events, _) in self._table.items():
+            for fd, (_, events, _) in list(self._table.items()):
                 if events & EDGE or (events & ONESHOT and (fd in lost or fd not in self._disarmed)):
-                    self._disarmed.discard(fd)
-                    self._arm(fd, events)
+                    self._settle(fd, arm=True)
         finally:
             self._release()
 
@@ -621,6 +735,13 @@ def _choose(name: str | None) -> Facility:
         return open_backend(wanted)
     except ImportError as error:
         raise io.UnsupportedOperation(f"the {wanted} backend does not work here: {error}") from error
+
+
+def _wait_for(facility: Facility, timeout: float, max_events: int) -> list[tuple[int, int]]:
+    """One wait towards a deadline. It may come back empty before that, but late only by what the facility resolves."""
+    if timeout <= facility.coarseness:
+        return facility.wait_finely(timeout, max_events)
+    return facility.wait(min(timeout - facility.coarseness, _LONGEST_WAIT), max_events)
 
 
 def _number(source: Source) -> int:
