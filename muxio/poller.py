@@ -216,7 +216,7 @@ class Poller(Generic[Key]):
         self._ready.pop(fd, None)
         try:
             facility.remove(fd)
-        except OSError:
+        except (OSError, ValueError):  # the source was closed, or the poller is just now
             self._suspect_leftovers(fd)
         self._touched.add(fd)
         if self._disarmed:
@@ -492,6 +492,7 @@ class Poller(Generic[Key]):
         """Undo a registration that failed."""
         try:
             self._acquire()
+            self._facility.name  # noqa: B018 - if it was closed meanwhile, that is what to say
             if self._table.get(fd) is entry:
                 del self._table[fd]
                 self._settle(fd)
