@@ -9,6 +9,7 @@ if sys.platform != "linux":
 
 import os
 import select
+import time
 
 from muxio.backends.facility import INVALID, Facility
 from muxio.backends.waker import Waker
@@ -68,12 +69,26 @@ class Backend(Facility):
             pass  # closed, and dropped by the kernel
 
     def wait_finely(self, timeout: float, max_events: int) -> list[tuple[int, int]]:
-        """An epoll is readable while it has events, and select() counts microseconds."""
         fd = self._epoll.fileno()
         if fd < _SELECTABLE:
+            # An epoll is readable while it has events, and select() counts microseconds.
             select.select([fd], [], [], timeout)
-            timeout = 0
+            return self._epoll.poll(0, max_events)
+        if sys.version_info >= (3, 13) and timeout > 0:
+            return self._wait_with_timer(timeout, max_events)
         return self._epoll.poll(timeout, max_events)
+
+    if sys.version_info >= (3, 13):
+
+        def _wait_with_timer(self, timeout: float, max_events: int) -> list[tuple[int, int]]:
+            """The epoll watches a timer of nanoseconds as well (timerfd_create(2)), for this once."""
+            timer = os.timerfd_create(time.CLOCK_MONOTONIC, flags=os.TFD_NONBLOCK | os.TFD_CLOEXEC)
+            try:
+                os.timerfd_settime(timer, initial=timeout)
+                self._epoll.register(timer, READ)
+                return [(fd, events) for fd, events in self._epoll.poll(-1, max_events) if fd != timer]
+            finally:
+                os.close(timer)
 
     def wake(self) -> None:
         self._waker.wake()
