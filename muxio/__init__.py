@@ -14,6 +14,7 @@ from muxio.events import (
     describe,
 )
 from muxio.poller import Poller, Registration, Source
+from muxio.selector import Selector
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "WRITE",
     "Poller",
     "Registration",
+    "Selector",
     "Source",
     "backends",
     "describe",

@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-import threading
-import weakref
+from collections import namedtuple
 from time import monotonic
-from types import TracebackType
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 from muxio.backends import NAMES, open_backend, probe
 from muxio.backends.facility import INVALID, Facility
@@ -33,38 +30,46 @@ MAX_EVENTS = 1024
 #: The longest single wait in seconds; a longer one is a loop of them. Every facility takes it.
 _LONGEST_WAIT = 86_400.0
 
-Key = TypeVar("Key")
+TYPE_CHECKING = False  # importing typing would cost more than all of muxio
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any, Generic, NoReturn, Protocol, TypeVar
+
+    class HasFileno(Protocol):
+        """A socket, a pipe, a subprocess stream: anything that has a descriptor."""
+
+        def fileno(self) -> int: ...
+
+    Source = int | HasFileno
+    Key = TypeVar("Key")
+else:
+
+    class Generic:
+        """As much of typing.Generic as there is at run time: ``Poller[str]`` is `Poller`."""
+
+        def __class_getitem__(cls, key: object) -> type:
+            return cls
+
+    Source = Key = object
 
 
-class HasFileno(Protocol):
-    """A socket, a pipe, a subprocess stream: anything that has a descriptor."""
+class Registration(namedtuple("Registration", ["source", "fd", "events", "key"])):  # noqa: PYI024 - see above
+    """One entry of `Poller.registrations`; events are the bits that were asked for, modes included."""
 
-    def fileno(self) -> int: ...
-
-
-Source = int | HasFileno
-
-
-class Registration(NamedTuple):
-    """One entry of `Poller.registrations`."""
-
-    source: Source
-    fd: int
-    events: int  #: the bits that were asked for, modes included
-    key: Any
+    __slots__ = ()
 
 
 #: No key was given. (None is a key like any other.)
 _SAME: Any = object()
 
 #: [source, events, key] of a registration.
-_Entry = list[Any]
+_Entry = list["Any"]
 
 #: Events that say more than a handler has asked for, or of a source that is closed.
 _CARE = ERROR | HANGUP | INVALID
 
 #: The events as the facility gave them, the batch made of them, and where in it a number stands once that was asked.
-_Batch = list[Any]
+_Batch = list["Any"]
 _NO_BATCH: _Batch = [(), (), {}]
 
 
@@ -101,9 +106,13 @@ class Poller(Generic[Key]):
         self._backend = self._facility.name
         self._closed = False
         self._start()
-        _pollers.add(self)
+        from muxio.forks import disown_after_fork
+
+        disown_after_fork(self)
 
     def _start(self) -> None:
+        import threading  # here, so that importing muxio stays cheap
+
         self._lock = threading.RLock()
         self._acquire, self._release = self._lock.acquire, self._lock.release
         self._waiter: dict[None, list[None]] = {}
@@ -181,7 +190,7 @@ class Poller(Generic[Key]):
         _, asked, old_key = entry
         try:
             entry[1] = events
-            if key is not _SAME:
+            if key is not _SAME and key is not old_key:
                 entry[2] = key
                 self._ready.pop(fd, None)
             facility.modify(fd, mask)
@@ -285,7 +294,7 @@ class Poller(Generic[Key]):
                 for fd, events in raw:  # a comprehension costs a call before CPython 3.12
                     batch.append(ready[fd] if events == READ else self._translate(fd, events))
                 self._last = [raw, batch, None]
-                if not batch or self._touched:
+                if self._touched or not (batch or timeout == 0):
                     batch = self._take_care(facility, raw, timeout, deadline, max_events)
             except KeyError:  # the first event of a number, or one that needs care
                 batch = self._take_care(facility, raw, timeout, deadline, max_events)
@@ -575,6 +584,17 @@ class Poller(Generic[Key]):
 
     # Events
 
+    def _look(self, max_events: int) -> list[tuple[Any, int]] | None:
+        """``poll(0)`` for one who watches levels alone and keeps no list: None if there is more to it, then `poll`."""
+        raw = self._facility.wait(0, max_events)
+        if not raw:
+            return []
+        ready = self._ready
+        try:
+            return [ready[fd] if events == READ and fd in ready else self._translate(fd, events) for fd, events in raw]
+        except KeyError:
+            return None
+
     def _translate(self, fd: int, events: int) -> tuple[Any, int]:
         """What an event becomes. KeyError if it needs care."""
         if events & _CARE:
@@ -713,7 +733,7 @@ class Poller(Generic[Key]):
         finally:
             self._release()
 
-    def _disown(self) -> None:
+    def disown(self) -> None:
         """In a forked child: the facility, or its number, belongs to the parent."""
         if not self._closed:
             self._start()
@@ -767,15 +787,3 @@ def _is_gone(owner: Source, fd: int) -> bool:
         return _number(owner) != fd
     except OSError:
         return True
-
-
-_pollers: weakref.WeakSet[Poller[Any]] = weakref.WeakSet()
-
-
-def _disown_all() -> None:
-    for poller in list(_pollers):
-        poller._disown()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_all)

@@ -98,7 +98,8 @@ def test_epoll_waits_whole_deadlines_where_select_cannot_help(timeout: float) ->
 
 def move_above(fd: int, stack: ExitStack, limit: int = 1024) -> int:
     """The same file under a number of at least `limit`."""
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        pytest.skip("Windows has no fcntl")
     import fcntl
 
     number = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, limit)

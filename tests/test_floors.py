@@ -16,7 +16,9 @@ PACKAGE = Path(muxio.__file__).parent
 FLOORS = {
     "muxio.events": -1,
     "muxio.backends": 0,
+    "muxio.forks": 0,
     "muxio.poller": 1,
+    "muxio.selector": 2,
     "muxio": 2,
     "muxio.server.protocol": 2,
     "muxio.server.report": 2,
@@ -27,6 +29,7 @@ FLOORS = {
     "muxio.server.threaded": 5,
     "muxio.server.serve": 6,
     "muxio.server": 6,
+    "muxio.bench": 7,
     "muxio.testing": 7,
     "muxio.info": 8,
     "muxio.cli": 8,
@@ -35,6 +38,7 @@ FLOORS = {
 
 #: Modules of one floor that may lean on each other, in this direction.
 SAME_FLOOR = {
+    ("muxio", "muxio.selector"),
     ("muxio.server.connector", "muxio.server.connection"),
     ("muxio.server", "muxio.server.serve"),
     ("muxio.cli", "muxio.info"),
@@ -95,8 +99,19 @@ def test_protocol_knows_no_socket_no_poller_and_no_thread() -> None:
 
 
 def test_import_loads_the_poller_and_nothing_more() -> None:
-    unwanted = ["ctypes", "logging", "ssl", "asyncio", "socketserver", "argparse", "muxio.server", "muxio.cli"]
-    unwanted += ["muxio.testing", "muxio.info"]
+    unwanted = [
+        "typing",
+        "threading",
+        "ctypes",
+        "logging",
+        "ssl",
+        "asyncio",
+        "socketserver",
+        "argparse",
+        "muxio.server",
+        "muxio.cli",
+    ]
+    unwanted += ["muxio.bench", "muxio.testing", "muxio.info"]
     program = f"import sys, muxio; print([name for name in {unwanted} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -6,8 +6,6 @@ knows all. What only one system has lives in its file and nowhere else, and is i
 
 from __future__ import annotations
 
-import importlib
-
 from muxio.backends.facility import Facility
 
 #: Best first. A name stands here if muxio knows the facility, whether or not this system has it.
@@ -16,6 +14,8 @@ NAMES = ("epoll", "kqueue", "poll", "select")
 
 def open_backend(name: str) -> Facility:
     """Open the facility called `name`. ImportError or OSError where this system has none that works."""
+    import importlib  # here, so that importing muxio stays cheap
+
     facility: Facility = importlib.import_module(f"{__name__}.{name}").Backend()
     return facility
 

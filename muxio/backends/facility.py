@@ -6,7 +6,10 @@ import errno
 import io
 import os
 import stat
-from typing import ClassVar
+
+TYPE_CHECKING = False  # importing typing would cost more than all of muxio
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 #: Reported by a facility for a descriptor that is no longer open; poll(2)'s POLLNVAL. Never leaves the poller.
 INVALID = 0x20
