@@ -113,8 +113,10 @@ class Poller(Generic[Key]):
     def _start(self) -> None:
         import threading  # here, so that importing muxio stays cheap
 
+        #: Reentrant, so that a signal handler may `wake` whatever it interrupts. Acquired inside the `try` whose
+        #: `finally` releases it: a handler that raises between the two would otherwise leave it locked for good.
         self._lock = threading.RLock()
-        self._acquire, self._release = self._lock.acquire, self._lock.release
+        self._acquire = self._lock.acquire
         self._waiter: dict[None, list[None]] = {}
         self._woken = False
         #: Number -> [source, events, key]: what the kernel ought to know. A change is made here first.
@@ -199,7 +201,7 @@ class Poller(Generic[Key]):
         self._touched.add(fd)
         if self._last is not _NO_BATCH:
             self._correct(fd, entry[2], events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
-        if entry[1] != events or self._table.get(fd) is not entry or self._disarmed:
+        if entry[1] != events or self._table.get(fd) is not entry or fd in self._disarmed:
             self._settle(fd, arm=True)
 
     def unregister(self, source: Source) -> None:
@@ -377,6 +379,12 @@ class Poller(Generic[Key]):
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self)} registered" + (", waiting" if self._waiter else "")
         return f"<{type(self).__name__} {self._backend}: {state}>"
+
+    def _release(self) -> None:
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # a signal handler raised while this thread waited for the lock
 
     # Changes that are not plain, under the lock
 

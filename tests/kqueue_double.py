@@ -58,7 +58,8 @@ _EV_RECEIPT, _EV_DISPATCH = 0x40, 0x80
 _NOTE_TRIGGER, _NOTE_OOB = 0x01000000, 0x2
 
 _CHANGE_ONLY = KQ_EV_ADD | KQ_EV_DELETE | KQ_EV_ENABLE | KQ_EV_DISABLE
-_EOF = select.EPOLLRDHUP | select.EPOLLHUP
+_EPOLLRDHUP = 0x2000  # PyPy's select does not name it
+_EOF = _EPOLLRDHUP | select.EPOLLHUP
 _LONGEST_WAIT = 86400.0  # seconds; epoll counts milliseconds in an int
 
 
@@ -264,11 +265,11 @@ class kqueue:
                 inner.unregister(knote.ident)
             return
         if knote.filter == KQ_FILTER_READ:
-            interest = select.EPOLLIN | select.EPOLLRDHUP
+            interest = select.EPOLLIN | _EPOLLRDHUP
         elif knote.filter == KQ_FILTER_WRITE:
             interest = select.EPOLLOUT
         else:
-            interest = select.EPOLLRDHUP | (select.EPOLLPRI if knote.fflags & _NOTE_OOB else 0)
+            interest = _EPOLLRDHUP | (select.EPOLLPRI if knote.fflags & _NOTE_OOB else 0)
         if knote.flags & KQ_EV_CLEAR:
             interest |= select.EPOLLET
         try:

@@ -33,6 +33,9 @@ def _mask(events: int) -> int:
 _MASKS = {events: _mask(events) for events in combinations(INTEREST | MODES)}
 _PLAIN = {events: mask for events, mask in _MASKS.items() if not events & MODES}
 
+#: Whether epoll.poll() understands None as for ever; PyPy's wants -1.
+_TAKES_NONE = sys.implementation.name == "cpython"
+
 
 class Backend(Facility):
     name = "epoll"
@@ -50,8 +53,8 @@ class Backend(Facility):
         # tenth of a poll with one event.
         self.add = self._epoll.register  # type: ignore[method-assign, assignment, unused-ignore]
         self.modify = self._epoll.modify  # type: ignore[method-assign, assignment, unused-ignore]
-        self.wait = self._epoll.poll  # type: ignore[method-assign, assignment, unused-ignore]
         self.remove = self._epoll.unregister  # type: ignore[method-assign, unused-ignore]
+        self.wait = self._epoll.poll if _TAKES_NONE else self._wait  # type: ignore[method-assign, assignment, unused-ignore]
         try:
             self._waker = Waker()
         except OSError:
@@ -59,6 +62,9 @@ class Backend(Facility):
             raise
         self.wake_fd = self._waker.fd
         self._epoll.register(self.wake_fd, READ)
+
+    def _wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
+        return self._epoll.poll(-1 if timeout is None else timeout, max_events)
 
     def disarm(self, fd: int, mask: int) -> None:
         if mask & ONESHOT:

@@ -12,10 +12,10 @@ import select
 
 from muxio.backends.facility import Facility, refuse_files, take_turns
 from muxio.backends.waker import Waker
-from muxio.events import INTEREST, ONESHOT, READ, combinations
+from muxio.events import INTEREST, ONESHOT, READ, READ_CLOSED, combinations
 
-#: POLLRDHUP comes with READ; it is Linux's.
-_READ = READ | getattr(select, "POLLRDHUP", 0)
+#: POLLRDHUP comes with READ; it is Linux's, and PyPy's select module does not name it.
+_READ = READ | (READ_CLOSED if sys.platform == "linux" else 0)
 _MASKS = {events: events & INTEREST | (_READ if events & READ else 0) for events in combinations(INTEREST | ONESHOT)}
 
 
