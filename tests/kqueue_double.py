@@ -2,7 +2,7 @@
 
 The names are those of CPython's `select` on FreeBSD and macOS. `FLAVOUR` says whose kernel the next `kqueue()` is, and
 `Flavour` is the list of all that differs. The descriptors are real: one epoll a filter watches them, one more waits for
-these and for an eventfd that stands for EVFILT_USER.
+these and for a pipe that stands for EVFILT_USER.
 
 What it does, and who says so ("man": kqueue(2) of FreeBSD and macOS; "FreeBSD": sys/kern/kern_event.c; "XNU":
 bsd/kern/kern_event.c; "CPython": Modules/selectmodule.c):
@@ -156,7 +156,7 @@ class kqueue:
         self._closed = False
         self._waiters = 0
         self._outer = select.epoll()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell, self._rope = os.pipe()
         self._rung = False
         self._outer.register(self._bell, select.EPOLLIN)
         filters = [KQ_FILTER_READ, KQ_FILTER_WRITE, self._flavour.evfilt_except]
@@ -379,13 +379,13 @@ class kqueue:
     # The kqueue itself.
 
     def _ring(self) -> None:
-        """Keep the eventfd readable for as long as a user event waits or waiters must leave."""
+        """Keep the pipe readable for as long as a user event waits or waiters must leave."""
         users = self._knotes[self._flavour.evfilt_user].values()
         wanted = self._closed or any(knote.triggered and knote.enabled for knote in users)
         if wanted and not self._rung:
-            os.eventfd_write(self._bell, 1)
+            os.write(self._rope, b"!")
         elif self._rung and not wanted:
-            os.eventfd_read(self._bell)
+            os.read(self._bell, 1)
         self._rung = wanted
 
     def _check_open(self) -> None:
@@ -398,6 +398,7 @@ class kqueue:
             for epoll in (self._outer, *self._inner.values()):
                 epoll.close()
             os.close(self._bell)
+            os.close(self._rope)
 
     def __del__(self) -> None:
         if hasattr(self, "_knotes"):

@@ -172,7 +172,7 @@ class Bare(Muxio):
 
     def poll(self, polls: int, timeout: float | None) -> int:
         poll, table, seen = self.facility.poll, self.table, 0
-        wait = None if timeout is None else timeout * self.unit
+        wait = -1 if timeout is None else timeout * self.unit  # PyPy's epoll does not take None
         for _ in range(polls):
             ready = poll(wait)
             for fd, _events in ready:
@@ -181,7 +181,7 @@ class Bare(Muxio):
         return seen
 
     def look(self, timeout: float | None) -> list[socket.socket]:
-        return [self.table[fd] for fd, _ in self.facility.poll(None if timeout is None else timeout * self.unit)]
+        return [self.table[fd] for fd, _ in self.facility.poll(-1 if timeout is None else timeout * self.unit)]
 
     def close(self) -> None:
         if hasattr(self.facility, "close"):  # a select.poll has nothing to close
