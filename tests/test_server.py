@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from helpers import BACKENDS, Recorder, serving, wait_until
 
-from muxio.server import ConnectionReport, EchoProtocol, Protocol, Server
+from muxio.server import ConnectionReport, EchoProtocol, Protocol, Server, Transport
 from muxio.server.connection import HIGH_WATER, RECEIVE_SIZE
 from muxio.server.server import ACCEPT_REST
 from muxio.testing.scripts import Leave, Receive, ReceiveAll, Script, Send, ShutWrite, observe, run_many
@@ -547,17 +547,16 @@ def test_a_client_that_does_not_read_is_held_back_and_loses_nothing(backend: str
     class Measured(EchoProtocol):
         peak = 0
 
+        def connection_made(self, transport: Transport) -> None:
+            super().connection_made(transport)
+            protocols.append(self)
+
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             Measured.peak = max(Measured.peak, self.transport.get_write_buffer_size())
 
     protocols: list[Measured] = []
-
-    def factory() -> Measured:
-        protocols.append(Measured())
-        return protocols[-1]
-
-    server = Server(ANY_PORT, factory, backend=backend)
+    server = Server(ANY_PORT, Measured, backend=backend)
     with serving(server) as address, closing(connect(address)) as client:
         sent = bytearray()
         client.setblocking(False)

@@ -170,10 +170,9 @@ class Connection:
                 self._lose(error)
                 return
             self.bytes_out += sent
-            size = len(data) if type(data) is bytes else memoryview(data).nbytes  # len() may count larger items
-            if sent == size:
+            if sent == (len(data) if type(data) is bytes else _size(data)):
                 return
-            self._queue = bytearray(memoryview(data).cast("B")[sent:])
+            self._queue = bytearray(bytes(data)[sent:])
             self._watch()
         else:
             self._queue += data
@@ -346,3 +345,9 @@ class Connection:
             on_lost, self._on_lost = self._on_lost, None
             if on_lost is not None:
                 on_lost(self, error)
+
+
+def _size(data: Data) -> int:
+    """In bytes: len() may count larger items."""
+    with memoryview(data) as view:
+        return view.nbytes
