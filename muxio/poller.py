@@ -33,7 +33,7 @@ _LONGEST_WAIT = 86_400.0
 TYPE_CHECKING = False  # importing typing would cost more than all of muxio
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Any, Generic, NoReturn, Protocol, TypeVar
+    from typing import Any, Generic, Protocol, TypeVar
 
     class HasFileno(Protocol):
         """A socket, a pipe, a subprocess stream: anything that has a descriptor."""
@@ -62,8 +62,8 @@ class Registration(namedtuple("Registration", ["source", "fd", "events", "key"])
 #: No key was given. (None is a key like any other.)
 _SAME: Any = object()
 
-#: [source, events, key] of a registration.
-_Entry = list["Any"]
+#: (source, events, key) of a registration.
+_Entry = tuple["Source", int, "Any"]
 
 #: Events that say more than a handler has asked for, or of a source that is closed.
 _CARE = ERROR | HANGUP | INVALID
@@ -98,7 +98,7 @@ class Poller(Generic[Key]):
     """
 
     # How threads are kept apart, with or without a GIL: see "Who may do what at the same time" in
-    # docs/architecture.md, which also says why each step of register, modify and unregister comes where it does.
+    # docs/architecture.md.
 
     def __init__(self, backend: str | Facility | None = None) -> None:
         self._facility = backend if isinstance(backend, Facility) else _choose(backend)
@@ -119,7 +119,7 @@ class Poller(Generic[Key]):
         self._acquire = self._lock.acquire
         self._waiter: dict[None, list[None]] = {}
         self._woken = False
-        #: Number -> [source, events, key]: what the kernel ought to know. A change is made here first.
+        #: Number -> (source, events, key).
         self._table: dict[int, _Entry] = {}
         #: Numbers of registrations that report nothing until `modify`.
         self._disarmed: set[int] = set()
@@ -153,22 +153,25 @@ class Poller(Generic[Key]):
             fd = -1
         if fd < 0:
             fd = _number(source)  # says what is wrong
-        entry: _Entry = [source, events, key]
-        facility = self._facility
-        mask = facility.plain.get(events)
         try:
-            if mask is None or self._table.setdefault(fd, entry) is not entry:
-                self._register_locked(fd, entry)
-                return
-            try:
-                facility.add(fd, mask)
-            except FileExistsError:  # left behind by a register() that an exception cut short
-                self._settle(fd)
-            if self._table.get(fd) is not entry:
-                self._settle(fd)
-        except BaseException:
-            self._withdraw(fd, entry)
-            raise
+            self._acquire()
+            facility = self._facility
+            mask = facility.masks.get(events)
+            if mask is None:
+                raise self._refusal(events)
+            self._touched.add(fd)
+            if fd in self._table:
+                self._take_over(fd, source, mask)
+            else:
+                try:
+                    facility.add(fd, mask)
+                except FileExistsError:  # left behind by a register() that an exception cut short
+                    facility.modify(fd, mask)
+            self._table[fd] = source, events, key
+            if self._waiter:
+                self._interrupt()
+        finally:
+            self._release()
 
     def modify(self, source: Source, events: int, key: Key = _SAME) -> None:
         """Change what a registered source is watched for, and arm a ONESHOT that has fired.
@@ -179,30 +182,40 @@ class Poller(Generic[Key]):
         KeyError: not registered. ValueError, io.UnsupportedOperation: as in `register`; besides, an EXCLUSIVE
         registration cannot be modified (EINVAL, epoll_ctl(2)). OSError: EBADF if the descriptor was closed.
         """
-        facility = self._facility
-        mask = facility.plain.get(events)
         try:
-            fd = source if isinstance(source, int) else source.fileno()
-        except (AttributeError, ValueError):
-            fd = -1
-        entry = self._table.get(fd)
-        if mask is None or entry is None or (entry[0] is not source and fd is not source) or entry[1] >= EXCLUSIVE:
-            self._modify_locked(source, events, key)
-            return
-        _, asked, old_key = entry
-        try:
-            entry[1] = events
-            if key is not _SAME and key is not old_key:
-                entry[2] = key
+            self._acquire()
+            facility = self._facility
+            fd, entry = self._find(source)
+            owner, asked, old_key = entry
+            mask = facility.masks.get(events)
+            if mask is None:
+                raise self._refusal(events)
+            if (events | asked) & EXCLUSIVE:
+                raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
+            if _is_gone(owner, fd):
+                raise OSError(errno.EBADF, f"closed while it was registered: {owner!r}")
+            self._touched.add(fd)
+            if key is _SAME:
+                key = old_key
+            self._table[fd] = owner, events, key
+            try:
+                facility.modify(fd, mask)
+            except BaseException as error:
+                self._table[fd] = entry
+                self._arm(fd)
+                if isinstance(error, FileNotFoundError):
+                    raise OSError(errno.EBADF, f"closed while it was registered: {owner!r}") from None
+                raise
+            if key is not old_key or events >= ONESHOT:
                 self._ready.pop(fd, None)
-            facility.modify(fd, mask)
-        except BaseException as error:
-            self._take_back(fd, entry, asked, old_key, error)
-        self._touched.add(fd)
-        if self._last is not _NO_BATCH:
-            self._correct(fd, entry[2], events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
-        if entry[1] != events or self._table.get(fd) is not entry or fd in self._disarmed:
-            self._settle(fd, arm=True)
+            if self._disarmed:
+                self._disarmed.discard(fd)
+            if self._last is not _NO_BATCH:
+                self._correct(fd, key, events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
+            if self._waiter:
+                self._interrupt()
+        finally:
+            self._release()
 
     def unregister(self, source: Source) -> None:
         """Watch a source no more. It works for whatever is registered, also right after it was closed.
@@ -213,29 +226,25 @@ class Poller(Generic[Key]):
 
         KeyError: not registered.
         """
-        facility = self._facility
         try:
-            fd = source if isinstance(source, int) else source.fileno()
-        except (AttributeError, ValueError):
-            fd = -1
-        entry = self._table.get(fd)
-        if not facility.plain or entry is None or (entry[0] is not source and fd is not source):
-            self._unregister_locked(source)
-            return
-        if self._table.pop(fd, None) is None:
-            raise KeyError(f"{source!r} is not registered")
-        self._ready.pop(fd, None)
-        try:
-            facility.remove(fd)
-        except (OSError, ValueError):  # the source was closed, or the poller is just now
-            self._suspect_leftovers(fd)
-        self._touched.add(fd)
-        if self._disarmed:
-            self._disarmed.discard(fd)
-        if self._last is not _NO_BATCH:
-            self._correct(fd, entry[2], 0)
-        if fd in self._table:
-            self._settle(fd)
+            self._acquire()
+            facility = self._facility
+            fd, entry = self._find(source)
+            self._touched.add(fd)
+            try:
+                facility.remove(fd)
+            except OSError:  # closed
+                self._suspect_leftovers(fd)
+            del self._table[fd]
+            self._ready.pop(fd, None)
+            if self._disarmed:
+                self._disarmed.discard(fd)
+            if self._last is not _NO_BATCH:
+                self._correct(fd, entry[2], 0)
+            if self._waiter:
+                self._interrupt()
+        finally:
+            self._release()
 
     def registrations(self) -> list[Registration]:
         """All registrations, stale ones too, as named tuples (source, fd, events, key)."""
@@ -386,155 +395,36 @@ class Poller(Generic[Key]):
         except RuntimeError:
             pass  # a signal handler raised while this thread waited for the lock
 
-    # Changes that are not plain, under the lock
-
-    def _register_locked(self, fd: int, entry: _Entry) -> None:
-        try:
-            self._acquire()
-            facility = self._facility
-            events = entry[1]
-            mask = facility.masks.get(events)
-            if mask is None:
-                raise self._refusal(events)
-            self._touched.add(fd)
-            if self._table.setdefault(fd, entry) is not entry:
-                self._take_over(fd, entry, mask)
-            else:
-                try:
-                    facility.add(fd, mask)
-                except FileExistsError:
-                    self._settle(fd)
-            if self._table.get(fd) is not entry:
-                self._settle(fd)
-            self._interrupt()
-        finally:
-            self._release()
-
-    def _modify_locked(self, source: Source, events: int, key: Any) -> None:
-        try:
-            self._acquire()
-            facility = self._facility
-            fd, entry = self._find(source)
-            mask = facility.masks.get(events)
-            if mask is None:
-                raise self._refusal(events)
-            _, asked, old_key = entry
-            if (events | asked) & EXCLUSIVE:
-                raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
-            if _is_gone(entry[0], fd):
-                raise OSError(errno.EBADF, f"closed while it was registered: {entry[0]!r}")
-            self._touched.add(fd)
-            try:
-                entry[1] = events
-                if key is not _SAME:
-                    entry[2] = key
-                self._ready.pop(fd, None)
-                facility.modify(fd, mask)
-            except BaseException as error:
-                self._take_back(fd, entry, asked, old_key, error)
-            self._disarmed.discard(fd)
-            self._correct(fd, entry[2], events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
-            if entry[1] != events or self._table.get(fd) is not entry:
-                self._settle(fd)
-            self._interrupt()
-        finally:
-            self._release()
-
-    def _unregister_locked(self, source: Source) -> None:
-        try:
-            self._acquire()
-            facility = self._facility
-            fd, entry = self._find(source)
-            self._touched.add(fd)
-            if self._table.pop(fd, None) is not None:
-                self._ready.pop(fd, None)
-                try:
-                    facility.remove(fd)
-                except OSError:
-                    self._suspect_leftovers(fd)
-                self._disarmed.discard(fd)
-                self._correct(fd, entry[2], 0)
-                if fd in self._table:
-                    self._settle(fd)
-                self._interrupt()
-        finally:
-            self._release()
+    # Under the lock
 
     def _find(self, source: Source) -> tuple[int, _Entry]:
         """The number and the entry of a registered source: by number, and by the object once that is closed."""
         try:
-            fd = _number(source)
-        except OSError:
+            fd = source if isinstance(source, int) else source.fileno()
+        except ValueError:
             fd = -1
+        except AttributeError:
+            fd = _number(source)  # says what is wrong
         entry = self._table.get(fd)
-        if entry is not None and (entry[0] is source or isinstance(source, int) or not _is_gone(entry[0], fd)):
+        if entry is not None and (entry[0] is source or fd is source or not _is_gone(entry[0], fd)):
             return fd, entry
-        for fd, entry in list(self._table.items()):
+        for fd, entry in self._table.items():
             if entry[0] is source:
                 return fd, entry
         self._facility.name  # noqa: B018 - says so if the poller is closed
         raise KeyError(f"{source!r} is not registered")
 
-    def _settle(self, fd: int, arm: bool = False) -> None:
-        """Make the kernel follow the table, after a change that another one overtook; arms it anew.
-
-        arm: also if it was disarmed.
-        """
+    def _arm(self, fd: int) -> None:
+        """Tell the kernel again what the table says, so that what holds now is reported anew."""
+        facility = self._facility
         try:
-            self._acquire()
-            facility = self._facility
-            if arm:
-                self._disarmed.discard(fd)
-            settled = False
-            while not settled:
-                entry = self._table.get(fd)
-                try:
-                    if entry is None:
-                        facility.remove(fd)
-                    else:
-                        events = entry[1]
-                        mask = facility.masks[0 if fd in self._disarmed else events]
-                        try:
-                            facility.modify(fd, mask)
-                        except FileNotFoundError:
-                            if not _is_gone(entry[0], fd):
-                                facility.add(fd, mask)
-                except OSError:
-                    pass  # closed: it stays listed until it is unregistered
-                settled = self._table.get(fd) is entry and (entry is None or entry[1] == events)
-        finally:
-            self._release()
-
-    def _withdraw(self, fd: int, entry: _Entry) -> None:
-        """Undo a registration that failed."""
-        try:
-            self._acquire()
-            self._facility.name  # noqa: B018 - if it was closed meanwhile, that is what to say
-            if self._table.get(fd) is entry:
-                del self._table[fd]
-                self._settle(fd)
-        finally:
-            self._release()
-
-    def _take_back(self, fd: int, entry: _Entry, events: int, key: Any, error: BaseException) -> NoReturn:
-        """Undo a modification that failed, and raise what the user is to see."""
-        try:
-            self._acquire()
-            entry[1:] = events, key
-            self._ready.pop(fd, None)
-            if not isinstance(error, OSError):
-                self._settle(fd)
-            elif self._table.get(fd) is not entry:
-                raise KeyError(f"{entry[0]!r} is not registered") from None  # another thread was faster
-            elif isinstance(error, FileNotFoundError):
-                raise OSError(errno.EBADF, f"closed while it was registered: {entry[0]!r}") from None
-            raise error
-        finally:
-            self._release()
+            facility.modify(fd, facility.masks[0 if fd in self._disarmed else self._table[fd][1]])
+        except OSError:
+            pass  # closed: it stays listed until it is unregistered
 
     def _interrupt(self) -> None:
         """Let a wait under way begin anew if it would not notice the change by itself."""
-        if self._waiter and not self._facility.sees_changes:
+        if not self._facility.sees_changes:
             self._facility.wake()
 
     def _suspect_leftovers(self, fd: int) -> None:
@@ -553,10 +443,10 @@ class Poller(Generic[Key]):
         if place is not None and place < len(batch):
             batch[place] = key, batch[place][1] & allowed
 
-    def _take_over(self, fd: int, entry: _Entry, mask: int) -> None:
+    def _take_over(self, fd: int, source: Source, mask: int) -> None:
         """Register a number that is taken, if its owner is gone for sure; else KeyError."""
         owner, _, key = self._table[fd]
-        gone = owner is not entry[0] and _is_gone(owner, fd)
+        gone = owner is not source and _is_gone(owner, fd)
         facility = self._facility
         try:
             # epoll knows files, not only numbers: it refuses the number while it is still the same file's.
@@ -569,7 +459,6 @@ class Poller(Generic[Key]):
             facility.modify(fd, mask)  # the file lives on under a new object
         else:
             self._suspect_leftovers(fd)
-        self._table[fd] = entry
         self._ready.pop(fd, None)
         self._disarmed.discard(fd)
         self._correct(fd, key, 0)
@@ -614,8 +503,8 @@ class Poller(Generic[Key]):
             if asked >= ONESHOT or fd in self._suspect or fd in self._disarmed:
                 raise KeyError(fd)
             self._ready[fd] = pair = key, READ
-            if self._table.get(fd) is not entry or entry[1] != asked or entry[2] is not key:
-                self._ready.pop(fd, None)  # changed meanwhile: the next event finds out
+            if self._table.get(fd) is not entry:  # changed meanwhile: the next event finds out
+                self._ready.pop(fd, None)
         return pair if events == READ else (pair[0], events)
 
     def _take_care(
@@ -671,14 +560,14 @@ class Poller(Generic[Key]):
                     # The event may be older than the change, so it is dropped. What still holds comes again: level
                     # events by themselves, the others when they are armed anew.
                     if entry is not None and entry[1] & (EDGE | ONESHOT) and fd not in self._disarmed:
-                        self._settle(fd)
+                        self._arm(fd)
                 elif entry is None:
                     haunted |= not self._remove_leftover(fd)
-                    if fd in self._table:
-                        self._settle(fd)
                 elif fd not in self._disarmed:
                     if fd in self._suspect and not events & INVALID:
-                        events = facility.verify(fd, events)
+                        # Twice in one batch: one of the two is the old file's.
+                        twice = any(number == fd for number, _ in kept)
+                        events = 0 if twice else facility.verify(fd, events)
                         haunted |= not events
                     events = self._report(fd, entry[1], events) if events else 0
                     if events:
@@ -701,9 +590,6 @@ class Poller(Generic[Key]):
             self._facility.disarm(fd, self._facility.masks[asked])
             self._disarmed.add(fd)
             self._ready.pop(fd, None)
-            if fd in self._touched:  # another thread has modified it since, and armed it: look again
-                self._settle(fd, arm=True)
-                return 0
         if events & (ERROR | HANGUP):
             events |= interest
         return events & (asked | HINTS)
@@ -719,18 +605,22 @@ class Poller(Generic[Key]):
     def _renew(self) -> None:
         """Begin anew, without the closed files that a dup keeps alive in an epoll and no call can remove."""
         self._suspect.clear()
-        self._facility.renew()
-        for fd in list(self._table):
-            self._settle(fd)
+        masks = self._facility.masks
+        self._facility.renew(
+            (fd, masks[0 if fd in self._disarmed else events])
+            for fd, (owner, events, _) in self._table.items()
+            if not _is_gone(owner, fd)
+        )
 
     def _rearm(self) -> None:
         """After an exception out of a wait: events that fire once may have been taken from the kernel and lost."""
         try:
             self._acquire()
             lost = {fd for fd, _ in self._last[0]}
-            for fd, (_, events, _) in list(self._table.items()):
+            for fd, (_, events, _) in self._table.items():
                 if events & EDGE or (events & ONESHOT and (fd in lost or fd not in self._disarmed)):
-                    self._settle(fd, arm=True)
+                    self._disarmed.discard(fd)
+                    self._arm(fd)
         finally:
             self._release()
 

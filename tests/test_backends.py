@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import socket
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from test_conformance import POLLERS
 
 import muxio
-from muxio import READ
-from muxio.backends import NAMES, probe
+from muxio import ERROR, HANGUP, READ, READ_CLOSED, WRITE
+from muxio.backends import NAMES, open_backend, probe
+from muxio.backends.facility import Facility
+from muxio.backends.waker import Waker
+from muxio.testing.conformance import (
+    Background,
+    both_shut,
+    half_closed,
+    in_child,
+    own_write_shut,
+    pipe_without_reader,
+    pipe_without_writer,
+    readable,
+    tcp_pair,
+    until,
+    until_has,
+)
 
 
 @pytest.fixture
@@ -94,6 +115,154 @@ def test_epoll_waits_whole_deadlines_where_select_cannot_help(timeout: float) ->
         assert time.monotonic() - began >= timeout
         writer.send(b"x")
         assert poller.poll(timeout) == [(1, READ)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="epoll is Linux's")
+def test_epoll_knows_that_the_owner_of_a_bare_number_is_gone() -> None:
+    """A number cannot tell, but epoll watches files, and accepts a new one under it."""
+    poller: muxio.Poller[str] = muxio.Poller("epoll")
+    with poller, ExitStack() as stack:
+        old, new, peer = (stack.enter_context(sock) for sock in (socket.socket(), *socket.socketpair()))
+        number = old.fileno()
+        poller.register(number, READ, key="old")
+        os.dup2(new.fileno(), number, inheritable=False)
+        poller.register(old, READ, key="new")
+        assert poller.registrations() == [(old, number, READ, "new")]
+        peer.send(b"x")
+        assert poller.poll(10) == [("new", READ)]
+
+
+#: What a kqueue is told of the end of a source, and what muxio makes of it: (situation, asked, events).
+ENDS = [
+    (partial(half_closed, tcp_pair, b""), READ, READ | READ_CLOSED),
+    (partial(half_closed, tcp_pair, b"x"), READ | WRITE, READ | WRITE | READ_CLOSED),
+    (own_write_shut, WRITE, WRITE),
+    (partial(both_shut, tcp_pair), READ | WRITE, READ | WRITE | READ_CLOSED | HANGUP),
+    (pipe_without_reader, WRITE, WRITE | ERROR),
+    (pipe_without_writer, READ, READ | HANGUP),
+]
+
+
+@pytest.mark.parametrize("name", [name for name in POLLERS if name.startswith("kqueue")])
+@pytest.mark.parametrize(("situation", "asked", "events"), ENDS)
+def test_kqueue_tells_of_the_end(name: str, situation: Callable[[ExitStack], Any], asked: int, events: int) -> None:
+    with POLLERS[name]() as poller, ExitStack() as stack:
+        poller.register(situation(stack), asked)
+        assert until_has(poller, events) == events
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a double of kqueue is needed that a child inherits")
+def test_kqueue_closes_nothing_in_a_forked_child() -> None:
+    """A kqueue is not inherited: what has its number in the child is somebody else's."""
+    from muxio.backends.kqueue import Backend
+
+    double: Any = importlib.import_module("kqueue_double")
+    kqueue = double.kqueue()
+    backend = Backend(SimpleNamespace(**{**vars(double), "kqueue": lambda: kqueue}), "freebsd")
+
+    def child() -> None:
+        backend.close()
+        assert not kqueue.closed
+
+    assert in_child(child) == ""
+    backend.close()
+    assert kqueue.closed
+
+
+def test_a_wake_up_channel_that_was_closed_is_an_error() -> None:
+    """It reads as ready for ever: to go on would be a busy loop."""
+    waker = Waker()
+    with closing(waker):
+        waker._sender.close()
+        with pytest.raises(ConnectionError):
+            waker.drain()
+
+
+def test_a_wake_up_in_the_middle_of_draining_an_interruption_is_not_lost() -> None:
+    """A signal handler may wake the very thread that drains."""
+    from muxio.backends.select import Backend
+
+    class Signalled(Backend):
+        def drain(self) -> None:
+            poller.wake()
+            super().drain()
+
+    facility = Signalled()
+    poller: muxio.Poller[None] = muxio.Poller(facility)
+    with poller:
+        facility.wake()  # as if a change by another thread had to be seen
+        began = time.monotonic()
+        assert poller.poll(10) == []
+        assert time.monotonic() < began + 10
+
+
+def meet(facility: Facility, name: str, change: Callable[[], object], after: bool = False) -> None:
+    """Let another thread make a change when the facility's method is called next, before (or after) that works."""
+    method = getattr(facility, name)
+
+    def met(*arguments: Any) -> Any:
+        setattr(facility, name, method)
+        result = method(*arguments) if after else None
+        Background(change).result()
+        return result if after else method(*arguments)
+
+    setattr(facility, name, met)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs epoll, whose wait can be replaced")
+class TestChangesDuringAWait:
+    """What the kernel has reported when a change comes is older than the change."""
+
+    @pytest.fixture
+    def facility(self) -> Facility:
+        return open_backend("epoll")
+
+    @pytest.fixture
+    def poller(self, facility: Facility) -> Iterator[muxio.Poller[Any]]:
+        poller: muxio.Poller[Any] = muxio.Poller(facility)
+        with poller:
+            yield poller
+
+    @pytest.fixture
+    def source(self, poller: muxio.Poller[Any]) -> Iterator[socket.socket]:
+        """It can be read and written."""
+        with ExitStack() as stack:
+            source = readable(stack)
+            poller.register(source, READ, key="key")
+            assert poller.poll(10) == [("key", READ)]
+            yield source
+
+    def test_an_event_overtaken_by_modify(
+        self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket
+    ) -> None:
+        meet(facility, "wait", lambda: poller.modify(source, WRITE), after=True)
+        assert poller.poll(10) == [("key", WRITE)]
+
+    def test_an_event_overtaken_by_a_new_registration(
+        self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket
+    ) -> None:
+        def register_anew() -> None:
+            poller.unregister(source)
+            poller.register(source, WRITE, key="new")
+
+        meet(facility, "wait", register_anew, after=True)
+        assert poller.poll(10) == [("new", WRITE)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its timers tick every 15 ms")
+@pytest.mark.parametrize("name", muxio.backends())
+@pytest.mark.parametrize("timeout", [0.0001, 0.0021])
+def test_a_timeout_is_late_by_what_the_facility_resolves(name: str, timeout: float) -> None:
+    """On a busy machine a wait may take longer, but not every one does."""
+    poller: muxio.Poller[None] = muxio.Poller(name)
+    with poller:
+
+        def lateness() -> float:
+            began = time.monotonic()
+            assert poller.poll(timeout) == []
+            return time.monotonic() - began - timeout
+
+        until(lambda: lateness() < (0.0012 if name == "poll" else 0.0003))
 
 
 def move_above(fd: int, stack: ExitStack, limit: int = 1024) -> int:

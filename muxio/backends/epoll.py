@@ -10,6 +10,7 @@ if sys.platform != "linux":
 import os
 import select
 import time
+from collections.abc import Iterable
 
 from muxio.backends.facility import INVALID, Facility
 from muxio.backends.waker import Waker
@@ -31,7 +32,6 @@ def _mask(events: int) -> int:
 
 
 _MASKS = {events: _mask(events) for events in combinations(INTEREST | MODES)}
-_PLAIN = {events: mask for events, mask in _MASKS.items() if not events & MODES}
 
 #: Whether epoll.poll() understands None as for ever; PyPy's wants -1.
 _TAKES_NONE = sys.implementation.name == "cpython"
@@ -40,7 +40,6 @@ _TAKES_NONE = sys.implementation.name == "cpython"
 class Backend(Facility):
     name = "epoll"
     masks = _MASKS
-    plain = _PLAIN
     sees_changes = True
     outlives_close = True
     coarseness = 0.001  # epoll_wait(2) counts milliseconds, and CPython rounds up to them
@@ -112,11 +111,16 @@ class Backend(Facility):
         found = dict(probe.poll(0)).get(fd, 0)
         return 0 if found & INVALID else events & found
 
-    def renew(self) -> None:
+    def renew(self, watched: Iterable[tuple[int, int]]) -> None:
         """A new epoll under the old one's number. Another epoll that watched the old one does not see it."""
         fresh = select.epoll()
         try:
             fresh.register(self.wake_fd, READ)
+            for fd, mask in watched:
+                try:
+                    fresh.register(fd, mask)
+                except OSError:
+                    pass  # closed meanwhile; it stays listed until it is unregistered
             os.dup2(fresh.fileno(), self._epoll.fileno(), inheritable=False)
         finally:
             fresh.close()

@@ -7,9 +7,9 @@ import io
 import os
 import stat
 
-TYPE_CHECKING = False  # importing typing would cost more than all of muxio
+TYPE_CHECKING = False  # importing collections.abc or typing is not for free
 if TYPE_CHECKING:
-    from typing import ClassVar
+    from collections.abc import Iterable
 
 #: Reported by a facility for a descriptor that is no longer open; poll(2)'s POLLNVAL. Never leaves the poller.
 INVALID = 0x20
@@ -18,17 +18,14 @@ INVALID = 0x20
 class Facility:
     """One kernel facility, opened.
 
-    The poller calls `wait` from one thread at a time, and everything else under its lock (but see `plain`); all the
-    others may come while `wait` blocks in another thread.
+    The poller calls `wait` from one thread at a time, and everything else under its lock; all of that may come while
+    `wait` blocks in another thread.
     """
 
     name: str
     #: Every combination of interest and modes that can be registered -> what `add` and `modify` are told for it. The
     #: poller looks it up, and refuses what is not in here.
     masks: dict[int, int]
-    #: The part of `masks` for which `add`, `modify` and `remove` are one system call each and may come from several
-    #: threads at once. The poller takes its lock for all the others.
-    plain: ClassVar[dict[int, int]] = {}
     #: Whether a wait that is under way notices changes made by another thread. If not, the poller interrupts it.
     sees_changes: bool
     #: Whether the kernel may go on reporting a number after its descriptor was closed (then `verify` and `renew`).
@@ -79,8 +76,8 @@ class Facility:
         """Which of the bits reported for a number hold for the file that has the number now."""
         return events
 
-    def renew(self) -> None:
-        """Forget everything that is watched, and so what outlived its descriptor."""
+    def renew(self, watched: Iterable[tuple[int, int]]) -> None:
+        """Get rid of everything that outlived its descriptor: begin anew with these (number, mask) pairs."""
         raise NotImplementedError
 
     def close(self) -> None:

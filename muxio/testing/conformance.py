@@ -617,6 +617,7 @@ class PollerConformance:
     @pytest.mark.parametrize("key", [None, "new"])
     def test_modify_changes_the_key_if_one_is_given(self, poller: Poller[Any], pair: Pair, key: object) -> None:
         poller.register(pair[0], WRITE, key="old")
+        assert only(poller) == ("old", WRITE)
         poller.modify(pair[0], WRITE, key=key)
         assert only(poller) == (key, WRITE)
 
@@ -650,6 +651,18 @@ class PollerConformance:
         poller.poll(0)
         gc.collect()
         assert alive() is None
+
+    def test_the_key_is_let_go_as_soon_as_the_next_poll_begins(self, poller: Poller[Any], pair: Pair) -> None:
+        key = Wrapped(pair[0])
+        alive = weakref.ref(key)
+        poller.register(pair[0], WRITE, key=key)
+        del key
+        assert only(poller)[0] is alive()
+        poller.unregister(pair[0])
+        with waiting(poller) as wait:
+            until(lambda: (gc.collect(), alive())[1] is None)
+            poller.wake()
+            assert wait.result() == []
 
     def test_many_sources_are_watched_at_once(self, poller: Poller[Any], stack: ExitStack) -> None:
         pairs = [unix_pair(stack) for _ in range(100)]
@@ -955,7 +968,8 @@ class PollerConformance:
         ours, theirs = tcp_pair(stack)
         poller.register(ours, READ | PRIORITY)
         theirs.send(b"!", socket.MSG_OOB)
-        assert only(poller) == (ours, PRIORITY)
+        for _ in range(2):  # for as long as it waits
+            assert only(poller) == (ours, PRIORITY)
         theirs.send(b"x")
         assert until_has(poller, READ) & ~PRIORITY == READ
         assert ours.recv(1, socket.MSG_OOB) == b"!"
@@ -1018,6 +1032,18 @@ class PollerConformance:
         batch = poller.poll(DEADLINE)
         poller.unregister(pair[0])
         poller.register(pair[0], WRITE, key="new")
+        assert batch == [("old", 0)]
+        assert only(poller) == ("new", WRITE)
+
+    def test_the_entry_of_what_was_taken_over_reads_nothing(
+        self, poller: Poller[Any], pair: Pair, stack: ExitStack
+    ) -> None:
+        poller.register(pair[0], WRITE, key="old")
+        batch = poller.poll(DEADLINE)
+        number = pair[0].fileno()
+        pair[0].close()
+        ours, _ = take_number(number, stack)
+        poller.register(ours, WRITE, key="new")
         assert batch == [("old", 0)]
         assert only(poller) == ("new", WRITE)
 
@@ -1199,10 +1225,12 @@ class PollerConformance:
     def test_others_survive_a_dup_that_keeps_a_closed_source_alive(
         self, poller: Poller[Any], pair: Pair, stack: ExitStack
     ) -> None:
-        """Modes and states are kept: what a one-shot said before, it does not say again."""
+        """Modes and states are kept: what was said once, by a one-shot or without interest, is not said again."""
         fired, (ours, theirs) = readable(stack), unix_pair(stack)
         poller.register(fired, READ | ONESHOT, key="fired")
         assert only(poller) == ("fired", READ)
+        poller.register(both_shut(unix_pair, stack), 0, key="hung up")
+        assert {key for key, _ in until_silent(poller)} <= {"hung up"}
         poller.register(ours, READ | ONESHOT, key="armed")
         poller.register(pair[0], READ, key="gone")
         stack.enter_context(pair[0].dup())
@@ -1364,6 +1392,19 @@ class PollerConformance:
                 poller.wake()
                 assert wait.result() == []
 
+    def test_a_wait_under_way_lets_go_of_what_was_unregistered(self, poller: Poller[Any], stack: ExitStack) -> None:
+        """poll(2) and select(2) keep a file open for as long as they wait for it, and its peer sees no end."""
+        for pause in PAUSES:
+            ours, theirs = unix_pair(stack)
+            poller.register(ours, READ)
+            with waiting(poller, pause=pause) as wait:
+                poller.unregister(ours)
+                ours.close()
+                theirs.settimeout(DEADLINE)
+                assert theirs.recv(1) == b""
+                poller.wake()
+                assert wait.result() == []
+
     def test_an_event_that_meets_its_unregister_reads_nothing(self, poller: Poller[Any], stack: ExitStack) -> None:
         """Whichever of the two comes first, once both calls are over the list shows no event."""
         for _ in range(50):
@@ -1413,6 +1454,8 @@ class PollerConformance:
     def test_changes_do_not_end_a_wait(self, poller: Poller[Any], stack: ExitStack) -> None:
         """A backend may have to interrupt its facility; the user must not see that."""
         source, over, changes = idle(stack), threading.Event(), 0
+        poller.wake()
+        assert poller.poll() == []  # and so it is spent
 
         def change() -> None:
             nonlocal changes
@@ -1519,9 +1562,16 @@ class PollerConformance:
         assert until_silent(poller) == []
 
     @pytest.mark.parametrize("cap", [1, 2, 100])
-    def test_a_woken_poll_returns_what_is_ready(self, poller: Poller[Any], pair: Pair, cap: int) -> None:
+    @pytest.mark.parametrize("woken_first", [False, True], ids=["ready first", "woken first"])
+    def test_a_woken_poll_returns_what_is_ready(
+        self, poller: Poller[Any], pair: Pair, woken_first: bool, cap: int
+    ) -> None:
+        """Though a wake-up may take the only place in the facility's list."""
+        if woken_first:
+            poller.wake()
         poller.register(pair[0], READ | WRITE)
-        poller.wake()
+        if not woken_first:
+            poller.wake()
         assert poller.poll(None, max_events=cap) == [(pair[0], WRITE)]
         poller.modify(pair[0], READ)
         if cap == 1:
@@ -1539,7 +1589,7 @@ class PollerConformance:
 
     def test_no_wake_up_is_lost(self, poller: Poller[Any]) -> None:
         """Each comes at any moment between two polls or in one, and ends one."""
-        rounds, ended = 500, queue.SimpleQueue[Entries]()
+        rounds, ended = 2000, queue.SimpleQueue[Entries]()
 
         def wait() -> None:
             for _ in range(rounds):
@@ -1562,6 +1612,14 @@ class PollerConformance:
             start = time.monotonic()
             assert poller.poll(timeout) == []
             assert time.monotonic() >= start + timeout
+
+    def test_a_short_wait_is_no_busy_loop(self, poller: Poller[Any], pair: Pair) -> None:
+        """Not for the part of a millisecond either that a facility cannot wait."""
+        poller.register(pair[0], READ)
+        start, cpu = time.monotonic(), time.thread_time()
+        for _ in range(30):
+            assert poller.poll(0.0009) == []
+        assert time.thread_time() - cpu < (time.monotonic() - start) * 0.25
 
     def test_an_integer_is_a_timeout(self, poller: Poller[Any], pair: Pair) -> None:
         poller.register(pair[0], WRITE)
