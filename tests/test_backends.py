@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from test_conformance import POLLERS
 
 import muxio
 from muxio import ERROR, HANGUP, READ, READ_CLOSED, WRITE
-from muxio.backends import NAMES, open_backend, probe
+from muxio.backends import NAMES, probe
 from muxio.backends.facility import Facility
 from muxio.backends.waker import Waker
 from muxio.testing.conformance import (
@@ -31,6 +31,7 @@ from muxio.testing.conformance import (
     pipe_without_reader,
     pipe_without_writer,
     readable,
+    take_number,
     tcp_pair,
     until,
     until_has,
@@ -196,26 +197,60 @@ def test_a_wake_up_in_the_middle_of_draining_an_interruption_is_not_lost() -> No
         assert time.monotonic() < began + 10
 
 
-def meet(facility: Facility, name: str, change: Callable[[], object], after: bool = False) -> None:
-    """Let another thread make a change when the facility's method is called next, before (or after) that works."""
+class Events(list[tuple[int, int]]):
+    """Events of a facility; something happens when the poller has looked at all of them."""
+
+    def __init__(self, events: list[tuple[int, int]], happens: Callable[[], object]) -> None:
+        super().__init__(events)
+        self.happens = happens
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        yield from super().__iter__()
+        self.happens()
+
+
+@contextmanager
+def overtaken(facility: Facility, name: str, when: str, change: Callable[[], object]) -> Iterator[None]:
+    """In the block another thread makes a change at the first call of a method of the facility.
+
+    when: "before" or "after" the call, or when what it returned was "read".
+    """
     method = getattr(facility, name)
+    threads: list[Background[object]] = []
 
-    def met(*arguments: Any) -> Any:
+    def begin() -> None:
+        if not threads:
+            threads.append(Background(change))
+            threads[0].join(0.05)  # it is over by then, or waits for a lock
+
+    def call(*arguments: Any) -> Any:
         setattr(facility, name, method)
-        result = method(*arguments) if after else None
-        Background(change).result()
-        return result if after else method(*arguments)
+        if when == "before":
+            begin()
+        result = method(*arguments)
+        if when == "after":
+            begin()
+        return Events(result, begin) if when == "read" else result
 
-    setattr(facility, name, met)
+    setattr(facility, name, call)
+    yield
+    threads[0].result()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs epoll, whose wait can be replaced")
-class TestChangesDuringAWait:
-    """What the kernel has reported when a change comes is older than the change."""
+@pytest.mark.parametrize("name", muxio.backends())
+class TestTwoThreads:
+    """A change overtakes what another thread does: all is then as if one had come after the other."""
 
     @pytest.fixture
-    def facility(self) -> Facility:
-        return open_backend("epoll")
+    def stack(self) -> Iterator[ExitStack]:
+        with ExitStack() as stack:
+            yield stack
+
+    @pytest.fixture
+    def facility(self, name: str) -> Facility:
+        backend = importlib.import_module(f"muxio.backends.{name}").Backend
+        facility: Facility = type("WithoutSlots", (backend,), {})()
+        return facility
 
     @pytest.fixture
     def poller(self, facility: Facility) -> Iterator[muxio.Poller[Any]]:
@@ -224,29 +259,53 @@ class TestChangesDuringAWait:
             yield poller
 
     @pytest.fixture
-    def source(self, poller: muxio.Poller[Any]) -> Iterator[socket.socket]:
+    def source(self, poller: muxio.Poller[Any], stack: ExitStack) -> socket.socket:
         """It can be read and written."""
-        with ExitStack() as stack:
-            source = readable(stack)
-            poller.register(source, READ, key="key")
-            assert poller.poll(10) == [("key", READ)]
-            yield source
+        source = readable(stack)
+        poller.register(source, READ, key="key")
+        assert poller.poll(10) == [("key", READ)]
+        return source
 
-    def test_an_event_overtaken_by_modify(
+    def test_modify_overtakes_modify(
         self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket
     ) -> None:
-        meet(facility, "wait", lambda: poller.modify(source, WRITE), after=True)
+        with overtaken(facility, "modify", "before", lambda: poller.modify(source, WRITE)):
+            poller.modify(source, READ | WRITE)
+        assert poller.registrations() == [(source, source.fileno(), WRITE, "key")]
         assert poller.poll(10) == [("key", WRITE)]
 
-    def test_an_event_overtaken_by_a_new_registration(
+    def test_register_overtakes_unregister(
         self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket
     ) -> None:
-        def register_anew() -> None:
+        with overtaken(facility, "remove", "before", lambda: poller.register(source, WRITE, key="new")):
             poller.unregister(source)
-            poller.register(source, WRITE, key="new")
-
-        meet(facility, "wait", register_anew, after=True)
         assert poller.poll(10) == [("new", WRITE)]
+
+    @pytest.mark.parametrize("when", ["after", "read"])
+    def test_modify_overtakes_an_event(
+        self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket, when: str
+    ) -> None:
+        with overtaken(facility, "wait", when, lambda: poller.modify(source, WRITE)):
+            assert poller.poll(10) == [("key", WRITE)]
+
+    @pytest.mark.parametrize("when", ["after", "read"])
+    def test_unregister_overtakes_an_event(
+        self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket, when: str
+    ) -> None:
+        with overtaken(facility, "wait", when, lambda: poller.unregister(source)):
+            assert poller.poll(0) in ([], [("key", 0)])
+
+    @pytest.mark.parametrize("when", ["after", "read"])
+    def test_a_new_owner_of_the_number_overtakes_an_event(
+        self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket, stack: ExitStack, when: str
+    ) -> None:
+        def take_over() -> None:
+            number = source.fileno()
+            source.close()
+            poller.register(take_number(number, stack)[0], READ, key="new")
+
+        with overtaken(facility, "wait", when, take_over):
+            assert poller.poll(0) in ([], [("key", 0)])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its timers tick every 15 ms")

@@ -907,6 +907,17 @@ class PollerConformance:
         poller.modify(pair[0], READ)
         assert [only(poller) for _ in range(3)] == [("key", READ)] * 3
 
+    @pytest.mark.parametrize("mode", [EDGE, ONESHOT], ids=describe)
+    def test_modify_changes_the_mode(self, poller: Poller[Any], stack: ExitStack, mode: int) -> None:
+        needs(poller, READ | mode)
+        source = readable(stack)
+        poller.register(source, READ)
+        for _ in range(2):
+            assert [only(poller) for _ in range(2)] == [(source, READ)] * 2
+            poller.modify(source, READ | mode)
+            assert until_silent(poller) == [(source, READ)]
+            poller.modify(source, READ)
+
     def test_oneshot_is_one_shot_for_both_directions(self, poller: Poller[Any], pair: Pair) -> None:
         """kqueue's filters would fire one after the other."""
         poller.register(pair[0], READ | WRITE | ONESHOT)
