@@ -51,6 +51,7 @@ __all__ = ["PollerConformance"]
 
 DEADLINE = 10.0  # seconds until what has to come has not come
 WATCHDOG = 30.0  # seconds until a test hangs
+RESEND = 0.5  # seconds until a signal is sent again
 REST = 0.025  # seconds in which nothing may come
 PAUSES = (0, 0, 0, 0, 0.001, 0.001, 0.005)  # seconds; after them another thread is somewhere inside poll(), or asleep
 
@@ -356,7 +357,7 @@ class Wait:
 
     def __init__(self, poller: Poller[Any], timeout: float | None = None) -> None:
         self._poller, self._timeout = poller, timeout
-        self._begun = self._over = False
+        self._begun = self.is_over = False
 
     def __call__(self) -> Entries:
         try:
@@ -367,7 +368,7 @@ class Wait:
                     if self._begun:
                         raise
         finally:
-            self._over = True
+            self.is_over = True
 
     def has_begun(self) -> bool:
         """Wait until it has; False if it was over before anybody could see it."""
@@ -377,7 +378,7 @@ class Wait:
                 self._poller.poll(0)
             except RuntimeError:
                 self._begun = True
-            return self._begun or self._over
+            return self._begun or self.is_over
 
         until(seen)
         return self._begun
@@ -441,12 +442,21 @@ def handling(handler: Callable[[], object], where: Callable[[FrameType | None], 
         signal.signal(number, before)
 
 
+def once(handler: Callable[[], object]) -> Callable[[], object]:
+    """The handler for the first signal alone: a signal that was sent again may come when the first was answered."""
+    left = [handler]
+    return lambda: left.pop()() if left else None
+
+
 def wait_and_signal(
     poller: Poller[Any], timeout: float | None, before: Callable[[], object] = lambda: None
 ) -> Entries | None:
     """Poll in the main thread, which is sent SIGUSR1 while it waits. None: the wait was over before that.
 
     before: called just before the signal is sent.
+
+    A wait without timeout is sent it again if it goes on: a signal that arrives just before the facility's call begins
+    is noted by Python, but nobody looks before the call is over.
     """
     if sys.platform == "win32":
         raise NotImplementedError
@@ -457,6 +467,12 @@ def wait_and_signal(
         if begun:
             before()
             signal.pthread_kill(main, signal.SIGUSR1)
+            sent = time.monotonic()
+            while timeout is None and not wait.is_over:
+                time.sleep(0.001)
+                if time.monotonic() > sent + RESEND:
+                    signal.pthread_kill(main, signal.SIGUSR1)
+                    sent = time.monotonic()
         return begun
 
     main = threading.get_ident()
@@ -1204,6 +1220,21 @@ class PollerConformance:
         poller.unregister(ours)
         assert len(poller) == 0
 
+    def test_a_number_is_one_entry_though_its_old_file_is_ready_as_well(
+        self, poller: Poller[Any], pair: Pair, stack: ExitStack
+    ) -> None:
+        """epoll reports both, and under the same number."""
+        number = pair[0].fileno()
+        poller.register(pair[0], READ, key="old")
+        stack.enter_context(pair[0].dup())
+        pair[0].close()
+        poller.unregister(pair[0])
+        ours, theirs = take_number(number, stack)
+        poller.register(ours, READ, key="new")
+        for sock in (pair[1], theirs):
+            sock.send(b"x")
+        assert poller.poll(DEADLINE) == [("new", READ)]
+
     def test_a_taken_number_that_cannot_be_told_free_is_a_key_error(
         self, poller: Poller[Any], pair: Pair, stack: ExitStack
     ) -> None:
@@ -1240,7 +1271,8 @@ class PollerConformance:
         fired, (ours, theirs) = readable(stack), unix_pair(stack)
         poller.register(fired, READ | ONESHOT, key="fired")
         assert only(poller) == ("fired", READ)
-        poller.register(both_shut(unix_pair, stack), 0, key="hung up")
+        for asked in filter(poller.supports, (0, PRIORITY)):
+            poller.register(both_shut(unix_pair, stack), asked, key="hung up")
         assert {key for key, _ in until_silent(poller)} <= {"hung up"}
         poller.register(ours, READ | ONESHOT, key="armed")
         poller.register(pair[0], READ, key="gone")
@@ -1665,12 +1697,12 @@ class PollerConformance:
     def test_a_wait_goes_on_to_its_deadline_after_a_signal(self, poller: Poller[Any]) -> None:
         skip_without_signals()
         handled: list[float] = []
-        for timeout in (0.1, 1, 5):  # a longer one, if the machine was too busy to send the signal in time
+        for timeout in (0.1, 1, 5):  # a longer one, if the signal came too late, or just before the facility's call
             handled.clear()
             start = time.monotonic()
             with handling(lambda: handled.append(time.monotonic())):
                 result = wait_and_signal(poller, timeout)
-            if result is not None:
+            if result is not None and any(when < start + timeout for when in handled):
                 break
         assert result == []
         assert time.monotonic() >= start + timeout
@@ -1695,7 +1727,7 @@ class PollerConformance:
         needs(poller, READ | mode)
         poller.register(pair[0], READ | mode)
         for _ in range(5):
-            with handling(interrupt), refused(poller, Interrupted):
+            with handling(once(interrupt)), refused(poller, Interrupted):
                 wait_and_signal(poller, None)
         with waiting(poller) as wait:
             pair[1].send(b"x")
@@ -1710,7 +1742,7 @@ class PollerConformance:
         needs(poller, READ | mode)
         for _ in range(10):
             poller.register(pair[0], READ | mode, key="key")
-            with handling(interrupt, where=is_inside_poll):
+            with handling(once(interrupt), where=is_inside_poll):
                 try:
                     said = wait_and_signal(poller, None, before=lambda: pair[1].send(b"x"))
                 except Interrupted:
