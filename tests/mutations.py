@@ -993,7 +993,7 @@ EVENTS = [
         "poller.py",
         "twice = any(number == fd for number, _ in kept)",
         "twice = False",
-        likely="test_the_new_owner_of_a_number_gets_no_event_of_the_old_one",
+        likely="test_a_number_is_one_entry_though_its_old_file_is_ready_as_well",
     ),
     Mutation(
         "an-epoll-is-not-renewed",

@@ -311,14 +311,18 @@ def batch_of(poller: Poller[Any], size: int) -> Entries:
 def until_silent(poller: Poller[Any]) -> Entries:
     """All that a poller says before it rests. It must have waited for the whole time then, and not have spun."""
     said: Entries = []
+    busy = 0
     while True:
         end, cpu = time.monotonic() + REST, time.thread_time()
         batch = poller.poll(REST)
         cpu = time.thread_time() - cpu
         if not batch:
             assert time.monotonic() >= end, "poll() returned early, with nothing to report"
-            assert cpu < REST * 0.75, "poll() was busy while nothing happened"
-            return said
+            if cpu < REST * 0.25:
+                return said
+            busy += 1
+            assert busy < 3, "poll() was busy while nothing happened"
+            continue  # once it may be the garbage collector
         said += batch
         assert all(events for _, events in batch), "poll() reports nothing of a source"
         assert len(said) < 50, "poll() repeats itself"
