@@ -22,9 +22,14 @@ FLOORS = {
     "muxio": 2,
     "muxio.server.protocol": 2,
     "muxio.server.report": 2,
+    "muxio.server.sockets": 2,
+    "muxio.server.limits": 2,
+    "muxio.server.wheel": 2,
+    "muxio.server.group": 3,
     "muxio.server.connection": 3,
     "muxio.server.connector": 3,
     "muxio.server.loop": 4,
+    "muxio.server.listener": 3,
     "muxio.server.server": 5,
     "muxio.server.threaded": 5,
     "muxio.server.serve": 6,
@@ -39,6 +44,7 @@ FLOORS = {
 #: Modules of one floor that may lean on each other, in this direction.
 SAME_FLOOR = {
     ("muxio", "muxio.selector"),
+    ("muxio.server.connection", "muxio.server.group"),
     ("muxio.server.connector", "muxio.server.connection"),
     ("muxio.server", "muxio.server.serve"),
     ("muxio.cli", "muxio.info"),

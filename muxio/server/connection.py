@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import enum
+import errno
 import logging
+import math
 import os
 import socket
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from muxio.events import READ, WRITE
+from muxio.server.group import Group
 from muxio.server.protocol import BufferedProtocol, Protocol
+from muxio.server.sockets import reset_on_close
 
 if TYPE_CHECKING:
     from muxio.server.loop import Loop
@@ -25,17 +28,19 @@ RECEIVE_SIZE = 65_536
 HIGH_WATER = 65_536
 LOW_WATER = HIGH_WATER // 4
 
-#: SO_LINGER on, with no time to linger: close() sends RST.
-_RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+#: How many pieces sendmsg() takes at once: the least that POSIX lets a system have is 16, Linux and the BSDs have this.
+_PIECES = 1024
 
 
 class State(enum.Enum):
-    """Where a connection is in its life. The words are those of RFC 9113, section 5.1."""
+    """Where a connection is in its life. The first words are those of RFC 9113, section 5.1."""
 
     OPEN = "open"
     HALF_CLOSED_REMOTE = "half-closed (remote)"  #: the peer sends no more
     HALF_CLOSED_LOCAL = "half-closed (local)"  #: we send no more than what is queued, then EOF
-    CLOSING = "closing"  #: we receive no more, and send what is queued
+    CLOSING = "closing"  #: we send what is queued, then EOF; input is thrown away
+    LINGERING = "lingering"  #: all is sent, EOF too; input is thrown away until the peer's EOF
+    FLUSHING = "flushing"  #: the peer sends no more, and we no more than what is queued
     CLOSED = "closed"
 
 
@@ -45,7 +50,8 @@ class Event(enum.Enum):
     PEER_EOF = "the peer's EOF"
     WRITE_EOF = "write_eof()"
     CLOSE = "close()"
-    LOST = "lost"  #: an error, abort(), or the last byte sent while closing
+    FLUSHED = "nothing is queued (any more)"
+    LOST = "lost"  #: an error, or abort()
 
 
 #: A connection's whole life. What is not in here does nothing.
@@ -54,66 +60,94 @@ TRANSITIONS = {
     (State.OPEN, Event.WRITE_EOF): State.HALF_CLOSED_LOCAL,
     (State.OPEN, Event.CLOSE): State.CLOSING,
     (State.OPEN, Event.LOST): State.CLOSED,
-    (State.HALF_CLOSED_REMOTE, Event.WRITE_EOF): State.CLOSING,
-    (State.HALF_CLOSED_REMOTE, Event.CLOSE): State.CLOSING,
+    (State.HALF_CLOSED_REMOTE, Event.WRITE_EOF): State.FLUSHING,
+    (State.HALF_CLOSED_REMOTE, Event.CLOSE): State.FLUSHING,
     (State.HALF_CLOSED_REMOTE, Event.LOST): State.CLOSED,
-    (State.HALF_CLOSED_LOCAL, Event.PEER_EOF): State.CLOSING,
+    (State.HALF_CLOSED_LOCAL, Event.PEER_EOF): State.FLUSHING,
     (State.HALF_CLOSED_LOCAL, Event.CLOSE): State.CLOSING,
     (State.HALF_CLOSED_LOCAL, Event.LOST): State.CLOSED,
+    (State.CLOSING, Event.PEER_EOF): State.FLUSHING,
+    (State.CLOSING, Event.FLUSHED): State.LINGERING,
     (State.CLOSING, Event.LOST): State.CLOSED,
+    (State.LINGERING, Event.PEER_EOF): State.CLOSED,
+    (State.LINGERING, Event.LOST): State.CLOSED,
+    (State.FLUSHING, Event.FLUSHED): State.CLOSED,
+    (State.FLUSHING, Event.LOST): State.CLOSED,
 }
 
-_RECEIVING = (State.OPEN, State.HALF_CLOSED_LOCAL)
-_SENDING = (State.OPEN, State.HALF_CLOSED_REMOTE)
+# What each state is for.
+_RECEIVES = (State.OPEN, State.HALF_CLOSED_LOCAL)
+_DISCARDS = (State.CLOSING, State.LINGERING)
+_SENDS = (State.OPEN, State.HALF_CLOSED_REMOTE)
+_ENDS_WITH_EOF = (State.HALF_CLOSED_LOCAL, State.CLOSING)  #: once all that is queued is sent
+_ENDING = (State.CLOSING, State.LINGERING, State.FLUSHING, State.CLOSED)
 
 Data = bytes | bytearray | memoryview
 AnyProtocol = Protocol | BufferedProtocol
-OnLost = Callable[["Connection", Exception | None], object]
 
 
 class Connection:
     """A transport over one connected, non-blocking stream socket, which it owns from now on.
 
-    on_lost: called with the connection and the first error (or None), right after ``connection_lost``.
+    group: the connections that it is watched over with.
     """
 
     __slots__ = (
+        "_active",
         "_buffered",
+        "_deadline",
+        "_error",
+        "_group",
+        "_held",
         "_high_water",
         "_interest",
         "_low_water",
-        "_on_lost",
+        "_progress",
         "_protocol",
         "_queue",
         "_reading_paused",
+        "_receiving",
+        "_sending",
         "_sock",
         "_state",
         "_writing_paused",
+        "began",
         "bytes_in",
         "bytes_out",
         "loop",
         "peername",
+        "slot",
     )
 
-    def __init__(
-        self, loop: Loop, sock: socket.socket, peername: Any, protocol: AnyProtocol, on_lost: OnLost | None = None
-    ) -> None:
-        self.loop = loop
+    def __init__(self, group: Group, sock: socket.socket, peername: Any, protocol: AnyProtocol) -> None:
+        self.loop: Loop = group.loop
         self.peername = peername
         self.bytes_in = 0
         self.bytes_out = 0
+        self.slot = 0  # the wheel's
+        #: Times of the loop's clock: when it began, when bytes last came or went, and when the peer last took some of
+        #: the queue. What comes has come before the turn of the loop began, so that `now` is not early for it.
+        self.began = self._active = self._progress = self.loop.now
+        #: The one that the protocol has set, or that closing has.
+        self._deadline = math.inf
+        self._group = group
         self._sock = sock
         self._protocol: Any = protocol
         self._buffered = isinstance(protocol, BufferedProtocol)
-        self._on_lost = on_lost
         self._state = State.OPEN
+        self._error: Exception | None = None
         self._queue: bytearray | None = None  # what the kernel has not taken yet; None when that is nothing
         self._high_water = HIGH_WATER
         self._low_water = LOW_WATER
         self._reading_paused = False
         self._writing_paused = False
+        self._held = False  # the group has too much queued: receive nothing until our queue is sent
+        # What follows from the state and the pauses, so that the hot path need not ask.
+        self._receiving = True
+        self._sending = True
         self._interest = READ
-        loop.poller.register(sock, READ, self)
+        self.loop.poller.register(sock, READ, self)
+        group.join(self, self._next_deadline()[0])
 
     def __repr__(self) -> str:
         return f"<Connection with {self.peername}: {self._state.value}, {self.get_write_buffer_size()} B queued>"
@@ -123,7 +157,7 @@ class Connection:
         """Where the connection is in its life."""
         return self._state
 
-    # What the loop calls
+    # What the loop and the server call
 
     def start(self) -> None:
         """Introduce the protocol to its transport."""
@@ -136,32 +170,62 @@ class Connection:
 
     def ready(self, events: int) -> None:
         """Readiness: move bytes. One receive an event, so that no peer holds up the others."""
-        if events & READ and self.is_reading():
-            if self._buffered:
+        if events & READ:
+            if self._receiving and not self._buffered:  # written out here: a call costs as much as all the rest of it
+                try:
+                    data = self._sock.recv(RECEIVE_SIZE)
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    self._lose(error)
+                else:
+                    if data:
+                        self.bytes_in += len(data)
+                        self._active = self.loop.now
+                        self._protocol.data_received(data)
+                    else:
+                        self._receive_eof()
+            elif self._receiving:
                 self._receive_into()
-            else:
-                self._receive()
-        if events & WRITE and self._queue is not None:
-            self._flush()
-        if not events & (READ | WRITE):
-            # ERROR or HANGUP while neither was asked for: nobody is about to find out by reading or writing.
-            number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if number:
-                self._lose(OSError(number, os.strerror(number)))
+            elif self._state in _DISCARDS:
+                self._discard()
+        if events != READ:
+            if events & WRITE and self._queue is not None:
+                self._flush()
+            if not events & (READ | WRITE):
+                # ERROR or HANGUP while neither was asked for: nobody is about to find out by reading or writing.
+                trouble = self._socket_error()
+                if trouble is not None:
+                    self._lose(trouble)
 
     def failed(self, error: Exception) -> None:
         """A callback of the protocol raised: this connection dies, the others live."""
         logger.error("exception in a callback of %r, %r", self._protocol, self, exc_info=error)
         self._reset(error)
 
+    def drain(self) -> None:
+        """The server stops: let the protocol come to an end."""
+        if self._state not in _ENDING:
+            try:
+                goes_on = self._protocol.draining()
+            except Exception as error:
+                self.failed(error)
+            else:
+                if not goes_on:
+                    self.close()
+
+    def check(self, now: float) -> float:
+        """Act on the deadlines that are over; returns when the next one is."""
+        when, reason = self._next_deadline()
+        if when <= now:
+            self._time_out(reason)
+            when, _ = self._next_deadline()
+        return when
+
     # The transport; see protocol.Transport for what each method promises.
 
     def write(self, data: Data) -> None:
-        if self._state not in _SENDING:
-            if self._state is State.HALF_CLOSED_LOCAL:
-                raise RuntimeError("write() after write_eof()")
-            return
-        if self._queue is None:
+        if self._queue is None and self._sending:
             try:
                 sent = self._sock.send(data)
             except BlockingIOError:
@@ -170,21 +234,32 @@ class Connection:
                 self._lose(error)
                 return
             self.bytes_out += sent
-            if sent == (len(data) if type(data) is bytes else _size(data)):
-                return
-            self._queue = bytearray(bytes(data)[sent:])
-            self._watch()
-        else:
-            self._queue += data
-        if len(self._queue) > self._high_water and not self._writing_paused:
-            self._writing_paused = True
-            try:
-                self._protocol.pause_writing()
-            except Exception as error:  # here: the caller may be another connection's protocol
-                self.failed(error)
+            self._active = self.loop.now
+            if sent != (len(data) if type(data) is bytes else _size(data)):
+                self._enqueue(bytes(data)[sent:])
+        elif self._may_write():
+            self._enqueue(data)
 
     def writelines(self, pieces: Iterable[Data]) -> None:
-        self.write(b"".join(pieces))
+        if self._queue is not None or not hasattr(self._sock, "sendmsg"):  # Windows has none
+            self.write(b"".join(pieces))
+        elif self._may_write():
+            gathered = list(pieces)
+            try:
+                sent = self._sock.sendmsg(gathered[:_PIECES])
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._lose(error)
+                return
+            self.bytes_out += sent
+            self._active = self.loop.now
+            for place, piece in enumerate(gathered):
+                size = _size(piece)
+                if sent < size:
+                    self._enqueue(b"".join((bytes(piece)[sent:], *gathered[place + 1 :])))
+                    return
+                sent -= size
 
     def write_eof(self) -> None:
         self._move(Event.WRITE_EOF)
@@ -196,18 +271,27 @@ class Connection:
         self._reset(None)
 
     def is_closing(self) -> bool:
-        return self._state in (State.CLOSING, State.CLOSED)
+        return self._state in _ENDING
 
     def pause_reading(self) -> None:
         self._reading_paused = True
         self._watch()
 
     def resume_reading(self) -> None:
-        self._reading_paused = False
-        self._watch()
+        if self._reading_paused:
+            self._reading_paused = False
+            self._active = self.loop.time()  # it was we who let the peer wait
+            self._group.hasten(self, self._active + self._group.idle)
+            self._watch()
 
     def is_reading(self) -> bool:
-        return self._state in _RECEIVING and not self._reading_paused
+        return self._state in _RECEIVES and not self._reading_paused
+
+    def set_deadline(self, seconds: float | None) -> None:
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"a deadline is in seconds above 0, or None for none; not {seconds!r}")
+        if self._state not in _ENDING:
+            self._set_deadline(math.inf if seconds is None else seconds)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         if high is None:
@@ -217,6 +301,7 @@ class Connection:
         if not high >= low >= 0:
             raise ValueError(f"water marks are high >= low >= 0, not high={high!r}, low={low!r}")
         self._high_water, self._low_water = high, low
+        self._pause_writing()
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
         return self._low_water, self._high_water
@@ -233,38 +318,78 @@ class Connection:
             return self._sock.getsockname()
         return default
 
-    # Inside
+    # Inside: the life
 
     def _move(self, event: Event) -> None:
         """Follow the table; where it has no such transition, nothing is to be done."""
         state = TRANSITIONS.get((self._state, event))
-        if state is not None:
-            self._state = state
-            if self._queue is None:
-                self._flushed()
-            self._watch()
+        if state is None:
+            return
+        self._state = state
+        if state is State.CLOSED:
+            self._end()
+            return
+        if event is Event.CLOSE:
+            self._set_deadline(self._group.close)
+        elif state is State.LINGERING:
+            self._set_deadline(self._group.linger)
+        if self._queue is None and event is not Event.FLUSHED:
+            self._flushed()
+        self._watch()
+
+    def _flushed(self) -> None:
+        """Nothing is queued (any more): do what waited for that."""
+        if self._state in _SENDS:
+            return
+        if self._state in _ENDS_WITH_EOF:
+            try:
+                self._sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._lose(self._socket_error() or error)
+        self._move(Event.FLUSHED)
+
+    def _reset(self, error: Exception | None) -> None:
+        """Close so that the peer sees a reset."""
+        if self._state is not State.CLOSED:
+            reset_on_close(self._sock)
+            self._lose(error)
+
+    def _lose(self, error: Exception | None) -> None:
+        if self._state is not State.CLOSED:
+            self._error = self._error or error
+            self._move(Event.LOST)
+
+    def _end(self) -> None:
+        """Give everything back."""
+        self._receiving = self._sending = False
+        self._group.buffered -= self.get_write_buffer_size()
+        self._queue = None
+        self.loop.poller.unregister(self._sock)
+        self._sock.close()
+        self.loop.call_soon(self._tell_lost)
+
+    def _socket_error(self) -> OSError | None:
+        number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return OSError(number, os.strerror(number)) if number else None
+
+    def _tell_lost(self) -> None:
+        try:
+            self._protocol.connection_lost(self._error)
+        finally:
+            self._group.leave(self, self._error)
 
     def _watch(self) -> None:
-        """Ask the poller for what this state has a use for."""
-        if self._state is not State.CLOSED:
-            interest = (READ if self.is_reading() else 0) | (WRITE if self._queue is not None else 0)
+        """Ask the poller for what there is a use for now."""
+        state = self._state
+        if state is not State.CLOSED:
+            self._sending = state in _SENDS
+            self._receiving = state in _RECEIVES and not self._reading_paused and not self._held
+            interest = (READ if self._receiving or state in _DISCARDS else 0) | (0 if self._queue is None else WRITE)
             if interest != self._interest:
                 self._interest = interest
                 self.loop.poller.modify(self._sock, interest)
 
-    def _receive(self) -> None:
-        try:
-            data = self._sock.recv(RECEIVE_SIZE)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lose(error)
-            return
-        if data:
-            self.bytes_in += len(data)
-            self._protocol.data_received(data)
-        else:
-            self._receive_eof()
+    # Inside: receiving
 
     def _receive_into(self) -> None:
         buffer = self._protocol.get_buffer(-1)
@@ -279,6 +404,7 @@ class Connection:
             return
         if received:
             self.bytes_in += received
+            self._active = self.loop.now
             self._protocol.buffer_updated(received)
         else:
             self._receive_eof()
@@ -288,6 +414,52 @@ class Connection:
         self._move(Event.PEER_EOF)
         if not keep_open:
             self.close()
+
+    def _discard(self) -> None:
+        """Throw away what comes while we are closing."""
+        try:
+            data = self._sock.recv(RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        if not data:
+            self._move(Event.PEER_EOF)
+
+    # Inside: sending
+
+    def _may_write(self) -> bool:
+        if self._state is State.HALF_CLOSED_LOCAL:
+            raise RuntimeError("write() after write_eof()")
+        return self._sending
+
+    def _enqueue(self, data: Data) -> None:
+        """Keep what the kernel does not take now."""
+        group = self._group
+        if self._queue is None:
+            self._queue = bytearray(data)
+            self._progress = self.loop.time()
+            group.hasten(self, self._progress + group.write)
+            self._watch()
+            group.buffered += len(self._queue)
+        else:
+            before = len(self._queue)
+            self._queue += data
+            group.buffered += len(self._queue) - before
+        if group.buffered > group.most_buffered and not self._held:
+            self._held = True
+            self._watch()
+        self._pause_writing()
+
+    def _pause_writing(self) -> None:
+        """Tell the protocol if more is queued than it should be."""
+        if not self._writing_paused and self.get_write_buffer_size() > self._high_water:
+            self._writing_paused = True
+            try:
+                self._protocol.pause_writing()
+            except Exception as error:  # here: the caller may be another connection's protocol
+                self.failed(error)
 
     def _flush(self) -> None:
         """Send of the queue what the kernel takes."""
@@ -301,9 +473,13 @@ class Connection:
             self._lose(error)
             return
         self.bytes_out += sent
+        self._group.buffered -= sent
+        self._active = self._progress = self.loop.time()
         del queue[:sent]
         if not queue:
             self._queue = None
+            self._held = False
+            self._group.hasten(self, self._active + self._group.idle)
             self._flushed()
             self._watch()
         if self._writing_paused and len(queue) <= self._low_water:
@@ -311,40 +487,43 @@ class Connection:
             if self._state is not State.CLOSED:
                 self._protocol.resume_writing()
 
-    def _flushed(self) -> None:
-        """Nothing is queued (any more): do what waited for that."""
-        if self._state is State.CLOSING:
-            self._lose(None)
-        elif self._state is State.HALF_CLOSED_LOCAL:
-            try:
-                self._sock.shutdown(socket.SHUT_WR)
-            except OSError as error:
-                self._lose(error)
+    # Inside: deadlines
 
-    def _reset(self, error: Exception | None) -> None:
-        """Close so that the peer sees a reset."""
-        if self._state is not State.CLOSED:
-            try:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            except OSError:
-                pass  # the peer has reset it already (macOS)
-            self._lose(error)
+    def _set_deadline(self, seconds: float) -> None:
+        self._deadline = self.loop.time() + seconds
+        self._group.hasten(self, self._deadline)
 
-    def _lose(self, error: Exception | None) -> None:
-        if self._state is not State.CLOSED:
-            self._state = TRANSITIONS[self._state, Event.LOST]
-            self._queue = None
-            self.loop.poller.unregister(self._sock)
-            self._sock.close()
-            self.loop.call_soon(self._tell_lost, error)
+    def _next_deadline(self) -> tuple[float, str]:
+        """The earliest that holds now, and what it means if it is over; inf for none."""
+        if self._state is State.CLOSED:
+            return math.inf, ""
+        group = self._group
+        if self._state in _ENDING:
+            return self._deadline, f"not all was taken within {group.close:g} s after close()"
+        deadlines = [
+            (self._deadline, "the protocol's deadline is over"),
+            (self.began + group.lifetime, f"connected for {group.lifetime:g} s"),
+        ]
+        if self._queue is not None:
+            deadlines.append((self._progress + group.write, f"nothing was taken for {group.write:g} s"))
+        elif not self._reading_paused:
+            deadlines.append((self._active + group.idle, f"idle for {group.idle:g} s"))
+        if not self.bytes_in:
+            deadlines.append((self.began + group.first_data, f"no data within {group.first_data:g} s"))
+        return min(deadlines)
 
-    def _tell_lost(self, error: Exception | None) -> None:
-        try:
-            self._protocol.connection_lost(error)
-        finally:
-            on_lost, self._on_lost = self._on_lost, None
-            if on_lost is not None:
-                on_lost(self, error)
+    def _time_out(self, reason: str) -> None:
+        if self._state is State.LINGERING:
+            self._lose(None)  # all was sent, and whether the peer closes is its own business
+            return
+        logger.debug("%r: %s", self, reason)
+        error = TimeoutError(errno.ETIMEDOUT, reason)
+        stalled = self._queue is not None and self._progress + self._group.write <= self.loop.time()
+        if stalled or self._state in _ENDING:
+            self._reset(error)
+        else:
+            self._error = error
+            self.close()
 
 
 def _size(data: Data) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from muxio.events import WRITE
 from muxio.server.connection import AnyProtocol, Connection
+from muxio.server.sockets import Address, resolve
 
 if TYPE_CHECKING:
     from muxio.server.loop import Loop
-
-Address = tuple[str, int] | str
 
 #: What connect_ex() answers when it has connected (Unix sockets), or when the kernel goes on in the background; Winsock
 #: says WSAEWOULDBLOCK then. Everywhere else EWOULDBLOCK means no: a Unix socket's backlog is full (connect(2)).
@@ -57,7 +55,7 @@ class Connector:
             return
         self._sock, self._candidates = None, []
         self._loop.poller.unregister(sock)
-        Connection(self._loop, sock, peername, self._protocol).start()
+        Connection(self._loop.clients, sock, peername, self._protocol).start()
 
     def failed(self, error: Exception) -> None:
         """An exception in here, which the loop caught."""
@@ -87,19 +85,3 @@ class Connector:
                 self._loop.poller.unregister(self._sock)
             self._sock.close()
             self._sock = None
-
-
-def resolve(address: Address, flags: int = 0) -> list[Any]:
-    """What an address stands for, as getaddrinfo() lists it; `flags` are its own too.
-
-    OSError (socket.gaierror): the name is unknown. ValueError: there is no such port.
-    Numeric addresses never block; looking a name up may.
-    """
-    if isinstance(address, str):
-        if sys.platform == "win32":
-            raise OSError(errno.EAFNOSUPPORT, "Python has no Unix sockets on Windows", address)
-        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", address)]
-    host, port = address
-    if not 0 <= port <= 65_535:
-        raise ValueError(f"a port is a number from 0 to 65535, not {port}")
-    return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)

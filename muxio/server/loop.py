@@ -15,7 +15,10 @@ from muxio.backends.waker import Waker
 from muxio.events import READ
 from muxio.poller import Poller
 from muxio.server.connection import AnyProtocol
-from muxio.server.connector import Address, Connector
+from muxio.server.connector import Connector
+from muxio.server.group import Group
+from muxio.server.limits import Timeouts
+from muxio.server.sockets import Address
 
 logger = logging.getLogger("muxio.server")
 
@@ -56,6 +59,26 @@ class Handle:
                 logger.exception("exception in a call from the loop: %r", self._function)
 
 
+class Timer(Handle):
+    """A call that is going to be made when its time has come."""
+
+    __slots__ = ("_loop",)
+
+    def __init__(self, loop: Loop, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        super().__init__(function, arguments)
+        self._loop: Loop | None = loop  # while it waits
+
+    def cancel(self) -> None:
+        loop, self._loop = self._loop, None
+        super().cancel()
+        if loop is not None:
+            loop.forget_cancelled()
+
+    def run(self) -> None:
+        self._loop = None
+        super().run()
+
+
 class _SignalChannel:
     """Lets the loop's thread run Python when a signal has come, so that Python runs the signal's handler."""
 
@@ -74,21 +97,27 @@ class Loop:
     """Runs callbacks when sockets are ready, when times have come, and when somebody asks.
 
     backend: the poller's backend; the best one by default.
+    clock: what time it is, in seconds: `time.monotonic`, unless a test needs another.
 
     All methods but `call_soon_threadsafe` belong to the thread that runs the loop.
     """
 
-    def __init__(self, backend: str | None = None) -> None:
+    def __init__(self, backend: str | None = None, clock: Callable[[], float] = monotonic) -> None:
         self.poller: Poller[Handler] = Poller(backend)
+        #: The loop's clock: ``time()`` is in seconds.
+        self.time = clock
+        #: When this turn of the loop began to hand out events.
+        self.now = clock()
+        #: How many seconds late the last timer was: about how long one turn lets the others wait.
+        self.lag = 0.0
+        #: The connections that `connect` made.
+        self.clients = Group(self, Timeouts(first_data=None, idle=None, lifetime=None))
         self._soon: deque[Handle] = deque()
-        self._timers: list[tuple[float, int, Handle]] = []
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._cancelled = 0  # of the timers
         self._order = itertools.count()
         self._stopping = False
         self._signals: _SignalChannel | None = None
-
-    def time(self) -> float:
-        """The loop's clock in seconds: time.monotonic()."""
-        return monotonic()
 
     def call_soon(self, function: Callable[..., object], *arguments: Any) -> Handle:
         """Call a function at the next turn of the loop, in the order of asking."""
@@ -104,13 +133,21 @@ class Loop:
 
     def call_later(self, delay: float, function: Callable[..., object], *arguments: Any) -> Handle:
         """Call a function in `delay` seconds; never early."""
-        return self.call_at(monotonic() + delay, function, *arguments)
+        return self.call_at(self.time() + delay, function, *arguments)
 
     def call_at(self, when: float, function: Callable[..., object], *arguments: Any) -> Handle:
         """Call a function when `time()` says `when`. Calls for one time come in the order of asking."""
-        handle = Handle(function, arguments)
-        heapq.heappush(self._timers, (when, next(self._order), handle))
-        return handle
+        timer = Timer(self, function, arguments)
+        heapq.heappush(self._timers, (when, next(self._order), timer))
+        return timer
+
+    def forget_cancelled(self) -> None:
+        """A timer was cancelled. When half of them are, they go, so that they do not pile up until their times."""
+        self._cancelled += 1
+        if self._cancelled > len(self._timers) // 2:
+            self._timers = [entry for entry in self._timers if not entry[2].cancelled()]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def connect(self, address: Address, factory: Callable[[], AnyProtocol]) -> Connector:
         """Connect to (host, port), or to the path of a Unix socket, and run a protocol on the connection.
@@ -125,8 +162,29 @@ class Loop:
     def run(self) -> None:
         """Serve until `stop`."""
         self._stopping = False
+        poll, clock = self.poller.poll, self.time
         while not self._stopping:
-            self._turn()
+            # A turn: wait, hand out events, make the calls that are due and those that were asked for.
+            timeout = None
+            if self._soon:
+                timeout = 0.0
+            elif self._timers:
+                timeout = self._timers[0][0] - clock()
+                if timeout < 0.0:
+                    timeout = 0.0
+            batch = poll(timeout)
+            self.now = clock()
+            for handler, events in batch:
+                if events:
+                    try:
+                        handler.ready(events)
+                    except Exception as error:
+                        handler.failed(error)
+            if self._timers and self._timers[0][0] <= self.now:
+                self._run_timers()
+            if self._soon:
+                for _ in range(len(self._soon)):  # who asks meanwhile waits a turn, so that sockets are not starved
+                    self._soon.popleft().run()
 
     def stop(self) -> None:
         """Let `run` return at the end of this turn."""
@@ -151,22 +209,12 @@ class Loop:
             self._signals.waker.close()
             self._signals = None
 
-    def _turn(self) -> None:
-        """Once: wait, hand out events, run what is due, run what was asked for before."""
-        timeout = None
-        if self._soon:
-            timeout = 0.0
-        elif self._timers:
-            timeout = max(0.0, self._timers[0][0] - monotonic())
-        for handler, events in self.poller.poll(timeout):
-            if events:
-                try:
-                    handler.ready(events)
-                except Exception as error:
-                    handler.failed(error)
-        if self._timers:
-            now = monotonic()
-            while self._timers and self._timers[0][0] <= now:
-                heapq.heappop(self._timers)[2].run()
-        for _ in range(len(self._soon)):  # those asked for meanwhile wait a turn, so that sockets are not starved
-            self._soon.popleft().run()
+    def _run_timers(self) -> None:
+        """Make the calls whose times had come when the turn began."""
+        self.lag = self.now - self._timers[0][0]
+        while self._timers and self._timers[0][0] <= self.now:
+            timer = heapq.heappop(self._timers)[2]
+            if timer.cancelled():
+                self._cancelled -= 1
+            else:
+                timer.run()

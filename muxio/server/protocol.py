@@ -39,7 +39,11 @@ class Transport(Interface):
         """Send EOF after what is queued; the peer may go on sending. Again, it does nothing."""
 
     def close(self) -> None:
-        """Send what is queued, then close. Nothing more is received."""
+        """Send what is queued, then EOF; then wait for the peer's, and close. Nothing more is received.
+
+        A peer that does not take what is queued, or keeps its end open, is waited for as long as the server's
+        `Timeouts` say: ``close`` and ``linger``.
+        """
 
     def abort(self) -> None:
         """Close at once; what is queued is lost, and the peer sees a reset."""
@@ -55,6 +59,15 @@ class Transport(Interface):
 
     def is_reading(self) -> bool:
         """Whether bytes from the peer are being received."""
+
+    def set_deadline(self, seconds: float | None) -> None:
+        """Close the connection after so many seconds, unless another deadline is set before; None takes it back.
+
+        For what the protocol waits for: the rest of a message that comes a byte at a time, a login, an answer.
+        ``connection_lost`` gets a TimeoutError then. Late by a quarter of a second at most, never early.
+
+        ValueError: not more than 0.
+        """
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Set the water marks in bytes. By default 64 KiB and a quarter of the high one.
@@ -90,6 +103,12 @@ class BaseProtocol:
 
         A ``Loop.connect`` that failed says so here, without a ``connection_made`` before.
         """
+
+    def draining(self) -> bool | None:
+        """The server stops. A true value lets the protocol go on until it closes by itself, or the server's drain
+        time is over; otherwise the transport closes: what was received is answered, the rest is not.
+        """
+        return None
 
     def pause_writing(self) -> None:
         """More than the high-water mark is queued: stop producing."""
