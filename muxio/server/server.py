@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-import errno
 import logging
+import math
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
-from muxio.events import READ
-from muxio.server.connection import AnyProtocol, Connection
-from muxio.server.connector import Address, resolve
+from muxio.server.connection import AnyProtocol, Connection, State
+from muxio.server.group import Group
+from muxio.server.limits import Limits, Timeouts
+from muxio.server.listener import Listener
 from muxio.server.loop import Loop
 from muxio.server.report import ConnectionReport, format_address
+from muxio.server.sockets import Address, listen, reset_on_close
 
 logger = logging.getLogger("muxio.server")
 
-#: How many peers one readiness of the listener accepts: one at a time starves clients in a connect storm, all of them
-#: would starve the connections that stand.
-ACCEPT_BATCH = 64
 
-#: Out of descriptors or memory: this lasts, so accepting rests a while. Every other error is that one peer's.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-ACCEPT_REST = 0.1  #: seconds
+class Stats(NamedTuple):
+    """What a server has done so far, and what it is at."""
+
+    connections: int
+    """Connections now."""
+    accepted: int
+    """Connections so far, those that were refused included."""
+    refused: int
+    """Connections that were reset at once: over the limit of their peer, or no descriptor was left."""
+    timed_out: int
+    """Connections that ended at one of the `Timeouts` or at a deadline of the protocol's."""
+    reset: int
+    """Connections that the peer reset or left in the middle."""
+    drained: int
+    """Connections that stood when the server was shut down, and ended before they were cut."""
+    cut: int
+    """Connections that were reset because the time to drain was over."""
+    bytes_in: int
+    """Bytes received."""
+    bytes_out: int
+    """Bytes handed to the kernel."""
+    buffered: int
+    """Bytes queued now, for all peers."""
+    lag: float
+    """Seconds that the loop was late at its last timer: about how long one turn of it holds up the others."""
 
 
 @final
@@ -35,6 +57,8 @@ class Server:
     factory: makes a protocol for each connection, a `Protocol` class for example.
     backend: the poller's backend; the best one by default.
     backlog: how many peers may wait to be accepted; the kernel may cut it down (net.core.somaxconn).
+    timeouts: how long peers may take for what; see `Timeouts`.
+    limits: how much the server takes on; see `Limits`.
     report: called with a `ConnectionReport` when a connection has ended.
 
     OSError: the address is taken or does not exist. ValueError: there is no such backend.
@@ -49,31 +73,60 @@ class Server:
         *,
         backend: str | None = None,
         backlog: int = 1024,
+        timeouts: Timeouts | None = None,
+        limits: Limits | None = None,
         report: Callable[[ConnectionReport], object] | None = None,
     ) -> None:
+        self._limits = limits or Limits()
         self.loop = Loop(backend)
         try:
-            self._listener = listen(address, backlog)
+            sock = listen(address, backlog)
         except BaseException:
             self.loop.close()
             raise
-        self.server_address: Any = self._listener.getsockname()
+        self.server_address: Any = sock.getsockname()
         self._factory = factory
         self._report = report
-        self._connections: dict[Connection, float] = {}  # and when each began
+        self._backlog = backlog
+        self._group = Group(self.loop, timeouts, self._limits.buffered, self._ended)
+        self._listener = Listener(self.loop, sock, self._welcome, self._is_full)
+        self._per_peer: Counter[str] = Counter()  # connections by host, if there is a limit to that
+        self._accepted = self._refused = 0
+        self._ended_in_drain = self._cut = 0
         self._stopping = False
         self._closed = False
         self._serving = threading.Lock()  # held while serve_forever() runs
         self._thread: int | None = None
-        self.loop.poller.register(self._listener, READ, self)
 
     def __repr__(self) -> str:
-        return f"<Server at {format_address(self.server_address)}, {self.backend}, {len(self._connections)} connected>"
+        return f"<Server at {format_address(self.server_address)}, {self.backend}, {len(self._group)} connected>"
 
     @property
     def backend(self) -> str:
         """The name of the poller's backend."""
         return self.loop.poller.backend
+
+    def stats(self) -> Stats:
+        """What was done so far. From any thread; it costs some tenths of a microsecond for each connection."""
+        group = self._group
+        bytes_in, bytes_out = group.bytes_in, group.bytes_out
+        for connection in group:
+            bytes_in += connection.bytes_in
+            bytes_out += connection.bytes_out
+        turned_away = self._listener.turned_away
+        return Stats(
+            connections=len(group),
+            accepted=self._accepted + turned_away,
+            refused=self._refused + turned_away,
+            timed_out=group.timed_out,
+            reset=group.reset,
+            drained=max(0, self._ended_in_drain - self._cut),
+            cut=self._cut,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            buffered=group.buffered,
+            lag=self.loop.lag,
+        )
 
     def serve_forever(self) -> None:
         """Accept and serve until `shutdown`, which may come before. Touches no signals.
@@ -92,10 +145,12 @@ class Server:
             self._serving.release()
 
     def shutdown(self, drain: float = 0.0) -> None:
-        """Stop accepting, close every connection, and let `serve_forever` return.
+        """Stop accepting, let every connection come to its end, and let `serve_forever` return.
 
-        drain: how many seconds connections get to send what is queued for their peers; then they are reset. Called
-        again, a shorter time counts.
+        drain: how many seconds that may take. Peers that wait to be accepted are accepted first, since the kernel
+        would reset them. Each protocol is asked by ``draining()``; by default what was received is answered, the
+        peer gets EOF, and what it still sends is thrown away until its own EOF. What is left when the time is over is
+        reset, and with 0 everything is, at once. Called again, a shorter time counts.
 
         From any thread; from another than the serving one it waits until `serve_forever` has returned. In the serving
         thread, a signal handler of it included, it returns at once.
@@ -122,7 +177,7 @@ class Server:
         if not self._closed:
             self._closed = True
             self._stop(0.0)
-            if self._connections:
+            if len(self._group):
                 self.loop.run()  # serve_forever() ended by an exception: the protocols still hear of their end
             self.loop.close()
 
@@ -134,80 +189,70 @@ class Server:
     ) -> None:
         self.close()
 
-    # What the loop calls
-
-    def ready(self, events: int) -> None:
-        """Peers wait: accept some of them."""
-        for _ in range(ACCEPT_BATCH):
-            if self._stopping:
-                return
-            try:
-                sock, peername = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    logger.warning("accepting rests for %s s: %s", ACCEPT_REST, error)
-                    self.loop.poller.modify(self._listener, 0)
-                    self.loop.call_later(ACCEPT_REST, self._accept_again)
-                    return
-                continue
-            try:
-                self._welcome(sock, peername)
-            except Exception as error:
-                sock.close()
-                self.failed(error)
-
-    def failed(self, error: Exception) -> None:
-        """A peer could not be served; the others are."""
-        logger.error("cannot serve a connection", exc_info=error)
-
     # Inside
 
+    def _is_full(self) -> bool:
+        limits = self._limits
+        return (limits.connections is not None and len(self._group) >= limits.connections) or (
+            limits.buffered is not None and self._group.buffered > limits.buffered
+        )
+
     def _welcome(self, sock: socket.socket, peername: Any) -> None:
-        sock.setblocking(False)
-        connection = Connection(self.loop, sock, peername, self._factory(), self._ended)
-        self._connections[connection] = self.loop.time()
+        self._accepted += 1
+        host = _host(peername)
+        if self._limits.per_peer is not None and self._per_peer[host] >= self._limits.per_peer:
+            self._refused += 1
+            logger.debug("refused: %s has as many connections as it may", host)
+            reset_on_close(sock)
+            sock.close()
+            return
+        connection = Connection(self._group, sock, peername, self._factory())
+        if self._limits.per_peer is not None:
+            self._per_peer[host] += 1
         connection.start()
 
-    def _accept_again(self) -> None:
-        if not self._stopping:
-            self.loop.poller.modify(self._listener, READ)
-
     def _ended(self, connection: Connection, error: Exception | None) -> None:
-        began = self._connections.pop(connection)
+        if self._limits.per_peer is not None:
+            host = _host(connection.peername)
+            self._per_peer[host] -= 1
+            if self._per_peer[host] == 0:
+                del self._per_peer[host]
+        self._listener.resume()
         if self._report is not None:
-            seconds = self.loop.time() - began
+            seconds = self.loop.time() - connection.began
             report = ConnectionReport(connection.peername, connection.bytes_in, connection.bytes_out, seconds, error)
             try:
                 self._report(report)
             except Exception:
                 logger.exception("the report about %r failed", connection)
-        if self._stopping and not self._connections:
-            self.loop.stop()
+        if self._stopping:
+            self._ended_in_drain += 1
+            if not len(self._group):
+                self.loop.stop()
 
     def _stop(self, drain: float) -> None:
         if not self._stopping:
             self._stopping = True
-            self.loop.poller.unregister(self._listener)
-            self._listener.close()
-            for connection in list(self._connections):
-                connection.close()
+            self._listener.close(self._backlog if drain > 0 else 0)
+            if drain > 0:
+                self._group.close = self._group.linger = math.inf  # what counts now is the time to drain
+                for connection in self._group:
+                    connection.drain()
         if drain > 0:
-            self.loop.call_later(drain, self._cut)
+            self.loop.call_later(drain, self._cut_off)
         else:
-            self._cut()
-        if not self._connections:
+            self._cut_off()
+        if not len(self._group):
             self.loop.stop()
 
-    def _cut(self) -> None:
-        for connection in list(self._connections):
-            connection.abort()
+    def _cut_off(self) -> None:
+        """The time to drain is over."""
+        for connection in self._group:
+            if connection.state is not State.CLOSED:
+                self._cut += 1
+                connection.abort()
 
 
-def listen(address: Address, backlog: int) -> socket.socket:
-    """A non-blocking listener. OSError: the address is taken or does not exist. ValueError: there is no such port."""
-    family, _, _, _, where = resolve(address, socket.AI_PASSIVE)[0]
-    listener = socket.create_server(where, family=family, backlog=backlog)
-    listener.setblocking(False)
-    return listener
+def _host(peername: Any) -> str:
+    """Who a peer is for the limit by peer; all that come through a Unix socket are one."""
+    return peername[0] if isinstance(peername, tuple) else ""
