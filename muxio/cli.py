@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -34,9 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="run the echo server",
-        description="Run the echo server until Ctrl-C or SIGTERM. A first one lets clients take what is queued for "
-        "them, up to 5 seconds; a second one stops at once.",
-        epilog="examples:  muxio serve            muxio serve :8007 --backend poll            muxio serve [::1]:0",
+        description="Run the echo server until Ctrl-C or SIGTERM. A first one lets clients take what was received "
+        "from them (see --drain); a second one stops at once.",
+        epilog="SECONDS as in 90, 1.5, 5m or 24h, N as in 500 or 64k; 'none' means no limit.    "
+        "examples:  muxio serve            muxio serve :8007 --backend poll            muxio serve [::1]:0 --idle 5m",
     )
     serve.add_argument(
         "address",
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     how = serve.add_mutually_exclusive_group()
     how.add_argument("--backend", metavar="NAME", help=f"the facility to wait with: {', '.join(NAMES)}")
     how.add_argument("--threads", action="store_true", help="a thread per connection instead of an event loop")
+    _add_limits(serve)
     serve.add_argument("-q", "--quiet", action="store_true", help="no line for each connection")
     commands.add_parser("info", help="tell what works here", description="Tell what works here, and the limits.")
     bench = commands.add_parser("bench", help="measure", description="Measure muxio beside its peers, in turn.")
@@ -66,6 +69,76 @@ def _parser() -> argparse.ArgumentParser:
     poller.add_argument("--backend", metavar="NAME", help=f"muxio on this one only: {', '.join(NAMES)}")
     poller.add_argument("--json", metavar="FILE", help="write JSON instead of tables, to a file or - (needs no rich)")
     return parser
+
+
+#: Option of `serve` -> the field of `Timeouts` or `Limits` that it sets, and what it says of itself.
+_TIMEOUTS = {
+    "--first-data": ("first_data", "cut who sends nothing at all for so long"),
+    "--idle": ("idle", "cut who neither sends nor takes anything for so long"),
+    "--write-timeout": ("write", "cut who takes nothing of what is queued for so long"),
+    "--lifetime": ("lifetime", "cut everybody after so long"),
+    "--close-timeout": ("close", "how long a closing connection may take for what is queued"),
+    "--linger": ("linger", "how long to wait for the other side's EOF after ours"),
+}
+_LIMITS = {
+    "--max-connections": ("connections", "connections at once; others wait to be accepted"),
+    "--max-per-peer": ("per_peer", "connections at once with one address; others are reset"),
+    "--max-buffered": ("buffered", "bytes queued for all clients together, before less is read"),
+}
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
+    from muxio.server.limits import Limits, Timeouts
+    from muxio.server.serve import DRAIN
+
+    group = serve.add_argument_group("time-outs and limits")
+    group.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        type=lambda text: 0.0 if text == "0" else _seconds(text),
+        default=DRAIN,
+        help=f"time that clients get to end after a stop, 0 for none (default: {DRAIN:g})",
+    )
+    for options, defaults, convert in ((_TIMEOUTS, Timeouts(), _seconds), (_LIMITS, Limits(), _count)):
+        for option, (field, text) in options.items():
+            default = getattr(defaults, field)
+            group.add_argument(
+                option,
+                dest=field,
+                metavar="SECONDS" if convert is _seconds else "N",
+                type=convert,
+                default=argparse.SUPPRESS,
+                help=f"{text} (default: {'none' if default is None else f'{int(default):,}'})",
+            )
+
+
+def _scaled(text: str, units: dict[str, int]) -> float | None:
+    """A number above 0 with a unit, None for none. ValueError: it is neither."""
+    if text == "none":
+        return None
+    unit = text[-1:].lower()
+    scale = units.get(unit)
+    number = float(text) if scale is None else float(text[:-1]) * scale
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return _scaled(text, {"s": 1, "m": 60, "h": 3600})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: seconds above 0, 30s, 5m, 24h or none") from None
+
+
+def _count(text: str) -> int | None:
+    try:
+        number = _scaled(text, {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30})
+        if number is not None and number != int(number):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on: 500, 64k, 256m, 1g or none") from None
+    return None if number is None else int(number)
 
 
 def _runs(text: str) -> int:
@@ -89,11 +162,23 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from muxio.server.limits import Limits, Timeouts
     from muxio.server.report import format_address
     from muxio.server.serve import serve
 
+    given = vars(options)
+    timeouts = {field: given[field] for field, _ in _TIMEOUTS.values() if field in given}
+    limits = {field: given[field] for field, _ in _LIMITS.values() if field in given}
     try:
-        serve(options.address, backend=options.backend, threads=options.threads, quiet=options.quiet)
+        serve(
+            options.address,
+            backend=options.backend,
+            threads=options.threads,
+            quiet=options.quiet,
+            drain=math.inf if options.drain is None else options.drain,
+            timeouts=Timeouts(**timeouts) if timeouts else None,
+            limits=Limits(**limits) if limits else None,
+        )
     except ValueError as error:  # no such backend, or not here
         return _complain("serve", str(error))
     except OSError as error:

@@ -11,13 +11,14 @@ from types import FrameType
 from typing import NamedTuple
 
 from muxio.server.connection import AnyProtocol
-from muxio.server.connector import Address
+from muxio.server.limits import Limits, Timeouts
 from muxio.server.protocol import EchoProtocol
 from muxio.server.report import ConnectionReport, format_address
 from muxio.server.server import Server
+from muxio.server.sockets import Address
 from muxio.server.threaded import ThreadedServer
 
-#: How many seconds a first signal leaves connections to take what is queued for them.
+#: How many seconds a first signal leaves connections to come to their end.
 DRAIN = 5.0
 
 
@@ -28,10 +29,15 @@ class Summary(NamedTuple):
     bytes_in: int
     bytes_out: int
     seconds: float
+    drained: int = 0
+    """Connections that stood at the stop, and ended before the time to drain was over."""
+    cut: int = 0
+    """Connections that were reset when it was."""
 
     def __str__(self) -> str:
         connections = "1 connection" if self.connections == 1 else f"{self.connections:,} connections"
-        return f"{connections}, {self.bytes_in:,} B in, {self.bytes_out:,} B out, {self.seconds:,.1f} s"
+        line = f"{connections}, {self.bytes_in:,} B in, {self.bytes_out:,} B out, {self.seconds:,.1f} s"
+        return f"{line}; {self.drained:,} drained, {self.cut:,} cut" if self.drained or self.cut else line
 
 
 def serve(
@@ -42,15 +48,17 @@ def serve(
     threads: bool = False,
     quiet: bool = False,
     drain: float = DRAIN,
+    timeouts: Timeouts | None = None,
+    limits: Limits | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Summary:
     """Serve until SIGINT (Ctrl-C) or SIGTERM, and return what was done.
 
-    address, factory, backend: as `Server` takes them.
-    threads: serve with `ThreadedServer` and its echo instead; it has neither factory nor backend.
+    address, factory, backend, timeouts, limits: as `Server` takes them.
+    threads: serve with `ThreadedServer` and its echo instead; it has an address, and nothing else of these.
     quiet: no line for each connection.
-    drain: after the first signal, how many seconds connections get to take what is queued for them. A second signal
-    ends that at once.
+    drain: after the first signal, how many seconds connections get to come to their end (`Server.shutdown`). A second
+    signal ends that at once.
     say: called with each line for people; prints it by default.
 
     OSError: the address cannot be listened on. ValueError: no such backend, or one for threads.
@@ -58,8 +66,10 @@ def serve(
     The signals are handled only if this is the main thread, and their handlers are put back afterwards. In another
     thread nothing but the end of the process stops it: use `Server` there.
     """
-    if threads and (backend is not None or factory is not EchoProtocol):
-        raise ValueError("threads serve a blocking echo: they have no backend and run no protocol")
+    if threads and (factory is not EchoProtocol or backend or timeouts or limits):
+        raise ValueError(
+            "threads serve a blocking echo: they have no backend, time-outs or limits, and run no protocol"
+        )
     say = say or _print
     tally = _Tally(None if quiet else say)
     began = time.monotonic()
@@ -67,12 +77,16 @@ def serve(
     if threads:
         server = ThreadedServer(address, report=tally.add)
     else:
-        server = Server(address, factory, backend=backend, report=tally.add)
-    with server, _stop_signals(server, drain):
+        server = Server(address, factory, backend=backend, timeouts=timeouts, limits=limits, report=tally.add)
+    with server, _stop_signals(server, drain, say):
         means = "a thread per connection" if isinstance(server, ThreadedServer) else server.backend
         say(f"listening on {format_address(server.server_address)} ({means}); Ctrl-C stops")
         server.serve_forever()
-    summary = Summary(tally.connections, tally.bytes_in, tally.bytes_out, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    summary = Summary(tally.connections, tally.bytes_in, tally.bytes_out, seconds)
+    if isinstance(server, Server):
+        stats = server.stats()
+        summary = summary._replace(drained=stats.drained, cut=stats.cut)
     say(str(summary))
     return summary
 
@@ -99,7 +113,7 @@ class _Tally:
 
 
 @contextlib.contextmanager
-def _stop_signals(server: Server | ThreadedServer, drain: float) -> Iterator[None]:
+def _stop_signals(server: Server | ThreadedServer, drain: float, say: Callable[[str], object]) -> Iterator[None]:
     """Let SIGINT and SIGTERM shut the server down: with time to drain, and without the second time."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -109,8 +123,16 @@ def _stop_signals(server: Server | ThreadedServer, drain: float) -> Iterator[Non
     def stop(number: int, frame: FrameType | None) -> None:
         if isinstance(server, ThreadedServer):
             server.shutdown()
+        elif patience:
+            # By the loop: this may have come in the middle of another line.
+            server.loop.call_soon_threadsafe(tell)
+            server.shutdown(patience.pop())
         else:
-            server.shutdown(patience.pop() if patience else 0.0)
+            server.shutdown()
+
+    def tell() -> None:
+        if isinstance(server, Server) and (standing := server.stats().connections):
+            say(f"stopping: {standing:,} connected, who get {drain:g} s; again, and they are cut at once")
 
     wakeup_fd = signal.set_wakeup_fd(server.wakeup_fd(), warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
