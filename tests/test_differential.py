@@ -6,23 +6,29 @@ the script as Python: paste it into `observe` to see it again.
 
 from __future__ import annotations
 
-import contextlib
 import os
+import random
 import socket
-import struct
+import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from differential import ANY_PORT, NEXT_CLIENT, Case, Ledger, make_server, run, run_all, server_under_test
+from helpers import BACKENDS, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import muxio
-from muxio.server import EchoProtocol, Server
 from muxio.server.threaded import Connection, ThreadedServer
+from muxio.testing import FaultPlan
+from muxio.testing.faults import HalfClose, Pass, Stall
 from muxio.testing.scripts import (
+    MUCH,
+    RESET_ON_CLOSE,
+    SLOW,
+    UNREAD,
     Drip,
     Leave,
     Observation,
@@ -33,25 +39,14 @@ from muxio.testing.scripts import (
     Send,
     SendWhileReceiving,
     ShutWrite,
-    Step,
     agree,
     difference,
+    made_up,
     observe,
     run_many,
 )
 
-ANY_PORT = ("127.0.0.1", 0)
 KIB, MIB = 1024, 1024 * 1024
-
-UNREAD = 48 * KIB
-"""Bytes that every system's buffers hold for a client that does not read: less than one 64 KiB receive buffer."""
-
-SLOW = 4 * KIB
-"""A slow reader's SO_RCVBUF. The kernel may grant more, and counts its own overhead in it."""
-
-MUCH = 8 * MIB
-"""Bytes that fill every buffer on the way. It has to be that much: Linux takes 2.8 MB for a client with 4 KiB of
-SO_RCVBUF that reads nothing, so that with less the server would never meet a full socket."""
 
 SCRIPTS = {
     "connect and leave": Script((Leave(),)),
@@ -75,21 +70,6 @@ SCRIPTS = {
     "slow reader, half-close before reading": Script((Send(UNREAD), ShutWrite(), ReceiveAll(chunk=256)), SLOW),
 }
 
-BACKENDS = [os.environ["MUXIO_BACKEND"]] if "MUXIO_BACKEND" in os.environ else muxio.backends()
-
-
-@contextlib.contextmanager
-def serving(server: ThreadedServer | Server) -> Iterator[Any]:
-    """Serve in a thread, and end with the block. Gives the address."""
-    with server:
-        thread = threading.Thread(target=server.serve_forever, name="server under test")
-        thread.start()
-        try:
-            yield server.server_address
-        finally:
-            server.shutdown()
-            thread.join()
-
 
 @pytest.fixture
 def oracle() -> Iterator[Any]:
@@ -99,7 +79,7 @@ def oracle() -> Iterator[Any]:
 
 @pytest.fixture(params=BACKENDS)
 def subject(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with serving(Server(ANY_PORT, EchoProtocol, backend=request.param)) as address:
+    with serving(make_server(request.param)) as address:
         yield address
 
 
@@ -123,49 +103,24 @@ def test_200_clients_at_once_see_the_same(oracle: Any, subject: Any) -> None:
     assert not found, "\n".join(found)
 
 
-chunks = st.sampled_from([64 * KIB, 4 * KIB, 1000])
-amounts = st.integers(0, 256 * KIB)
-
-
-@st.composite
-def made_up_scripts(draw: st.DrawFn) -> Script:
-    """Any script that can come to its end: it waits for no more than an echo owes it, and leaves little unread."""
-    steps: list[Step] = []
-    unread = 0
-    for seed in range(draw(st.integers(0, 6))):
-        kind = draw(st.sampled_from([Send, Drip, SendWhileReceiving, Receive]))
-        if kind is Receive:
-            if unread:
-                size = draw(st.integers(1, unread))
-                steps.append(Receive(size, chunk=draw(chunks)))
-                unread -= size
-        elif kind is SendWhileReceiving:
-            steps.append(SendWhileReceiving(draw(amounts), seed, chunk=draw(chunks)))
-        else:
-            size = draw(st.integers(0, UNREAD - unread))
-            if kind is Send:
-                steps.append(Send(size, seed))
-            else:
-                count = draw(st.integers(1, 50))
-                size -= size % count
-                steps.append(Drip(count, size // count, seed))
-            unread += size
-    if draw(st.booleans()):
-        steps.append(ShutWrite())
-        last: Step = ReceiveAll(draw(chunks))
-    else:
-        last = SendWhileReceiving(draw(amounts | st.just(MUCH // 2)), 99, draw(chunks), half_close=True)
-    steps.append(draw(st.sampled_from([last, last, last, Leave(), Reset()])))
-    return Script(tuple(steps), receive_buffer=draw(st.sampled_from([None, SLOW])))
-
-
 def test_made_up_clients_see_the_same(oracle: Any, subject: Any) -> None:
     @settings(max_examples=40, deadline=None, derandomize="CI" in os.environ, suppress_health_check=list(HealthCheck))
-    @given(script=made_up_scripts())
-    def a_made_up_client_sees_the_same(script: Script) -> None:
-        assert_no_difference(script, oracle, subject)
+    @given(chance=st.randoms())
+    def a_made_up_client_sees_the_same(chance: random.Random) -> None:
+        assert_no_difference(made_up(chance), oracle, subject)
 
     a_made_up_client_sees_the_same()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_made_up_clients_behind_made_up_faults_see_the_same(backend: str, oracle: Any) -> None:
+    seed = os.environ.get("MUXIO_SEED") or str(random.randrange(10**9))
+    cases = [Case.random(seed, number) for number in range(40)]
+    with server_under_test(backend) as (subject, ledger):
+        outcomes = run_all(cases, oracle, subject, ledger)
+    assert not [outcome.trouble for outcome in outcomes if outcome.trouble], f"MUXIO_SEED={seed}"
+    assert len(ledger.made) >= len(cases)
+    assert ledger.imbalance() is None
 
 
 # That no difference is found is worth something only if one would be. These servers are wrong in one way each.
@@ -203,8 +158,7 @@ def close_at_the_first_pause(connection: Connection) -> None:
 def reset_in_place_of_eof(connection: Connection) -> None:
     while data := connection.recv():
         connection.sendall(data)
-    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
 def never_answer(connection: Connection) -> None:
@@ -230,6 +184,45 @@ def test_a_broken_server_is_found_out(broken: Callable[[Connection], None], name
         found = difference(script, observe(script, oracle), observe(script, address, timeout=0.5))
     assert found is not None
     assert repr(script) in found
+
+
+@pytest.mark.parametrize(
+    ("broken", "plan"),
+    [
+        (drop_a_byte, FaultPlan((Stall(0.001),))),
+        (drop_a_byte, FaultPlan((), (Pass(1), HalfClose()))),
+        (close_at_the_first_pause, FaultPlan()),
+        (repeat_data, FaultPlan((Pass(500), HalfClose()))),
+        (swap_two_chunks, FaultPlan((), (Pass(900), HalfClose()))),
+    ],
+)
+def test_a_broken_server_is_found_out_behind_faults(
+    broken: Callable[[Connection], None], plan: FaultPlan, oracle: Any
+) -> None:
+    case = Case(NEXT_CLIENT, plan)
+    with serving(ThreadedServer(ANY_PORT, broken)) as address:
+        outcome = run(case, oracle, address)
+    assert outcome.trouble is not None
+    assert repr(case.script) in outcome.trouble
+    assert repr(case.plan) in outcome.trouble
+
+
+def test_books_that_are_not_even_are_found_out() -> None:
+    ledger = Ledger()
+    assert ledger.imbalance() is None
+    ledger.made.append("peer")
+    ledger.lost.append("peer")
+    assert ledger.imbalance() == "peer: connected 1 times, connection_lost 1, reported 0"
+    ledger.reported.append("peer")
+    assert ledger.imbalance() is None
+    ledger.reported.append("peer")
+    assert ledger.imbalance() == "peer: connected 1 times, connection_lost 1, reported 2"
+
+
+def test_a_short_soak_passes() -> None:
+    soak = [sys.executable, str(Path(__file__).with_name("soak_differential.py")), "--scripts", "20", "--seed", "1"]
+    run = subprocess.run(soak, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())

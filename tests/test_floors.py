@@ -97,6 +97,11 @@ def test_threaded_shares_nothing_with_what_it_judges() -> None:
     assert imports(modules()["muxio.server.threaded"]) == {"muxio.server.report"}
 
 
+def test_the_fault_proxy_shares_nothing_with_the_servers_behind_it() -> None:
+    assert imports(modules()["muxio.testing.faults"]) == {"muxio.testing.scripts"}
+    assert imports(modules()["muxio.testing.scripts"]) == set()
+
+
 def test_protocol_knows_no_socket_no_poller_and_no_thread() -> None:
     tree = ast.parse(modules()["muxio.server.protocol"].read_text(encoding="utf-8"))
     top = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

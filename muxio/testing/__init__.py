@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from muxio.testing.conformance import PollerConformance
+    from muxio.testing.faults import FaultPlan, FaultProxy
 
-__all__ = ["PollerConformance"]
+__all__ = ["FaultPlan", "FaultProxy", "PollerConformance"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the conformance suite when it is asked for: it needs pytest, which nothing else here does."""
-    if name != "PollerConformance":
+    """Import what is asked for, and nothing else: the conformance suite needs pytest."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "conformance" if name == "PollerConformance" else "faults"
     pytest = sys.modules.get("pytest")
-    if pytest is not None:  # so that a failing assert shows its values
+    if pytest is not None and module == "conformance":  # so that a failing assert shows its values
         pytest.register_assert_rewrite(f"{__name__}.conformance")
-    return importlib.import_module(f"{__name__}.conformance").PollerConformance
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -39,6 +39,7 @@ __all__ = [
     "Step",
     "agree",
     "difference",
+    "made_up",
     "observe",
     "run_many",
 ]
@@ -48,6 +49,20 @@ RECEIVE_SIZE = 64 * 1024
 
 TIMEOUT = 30.0
 """Seconds that one operation of a client may take before the client counts as stuck."""
+
+UNREAD = 48 * 1024
+"""Bytes that every system's buffers hold for a client that does not read: less than one 64 KiB receive buffer."""
+
+SLOW = 4 * 1024
+"""A slow reader's SO_RCVBUF. The kernel may grant more, and counts its own overhead in it."""
+
+MUCH = 8 * 1024 * 1024
+"""Bytes that fill every buffer on the way. It has to be that much: Linux takes 2.8 MB for a client with 4 KiB of
+SO_RCVBUF that reads nothing, so that with less the server would never meet a full socket."""
+
+# struct linger has two shorts on Windows, two ints elsewhere.
+RESET_ON_CLOSE = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+"""SO_LINGER on, with no time to linger: close() sends a reset."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,46 @@ class Observation:
     def __str__(self) -> str:
         digest = hashlib.blake2b(self.received, digest_size=8).hexdigest()
         return f"{len(self.received):,} bytes ({digest}) in steps of {list(self.seen)}, then {self.ending}"
+
+
+def made_up(chance: random.Random) -> Script:
+    """Make up a script that can come to its end: it waits for no more than an echo owes it, and leaves little unread.
+
+    `chance` makes every choice, so that the same state of it makes the same script.
+    """
+    steps: list[Step] = []
+    unread = 0
+    for seed in range(chance.randint(0, 6)):
+        kind = chance.choice((Send, Drip, SendWhileReceiving, Receive))
+        if kind is Receive:
+            if unread:
+                size = chance.randint(1, unread)
+                steps.append(Receive(size, _made_up_chunk(chance)))
+                unread -= size
+        elif kind is SendWhileReceiving:
+            steps.append(SendWhileReceiving(chance.randint(0, 256 * 1024), seed, _made_up_chunk(chance)))
+        else:
+            size = chance.randint(0, UNREAD - unread)
+            if kind is Send:
+                steps.append(Send(size, seed))
+            else:
+                count = chance.randint(1, 50)
+                size -= size % count
+                steps.append(Drip(count, size // count, seed))
+            unread += size
+    last: Step
+    if chance.random() < 0.5:
+        steps.append(ShutWrite())
+        last = ReceiveAll(_made_up_chunk(chance))
+    else:
+        size = chance.choice((chance.randint(0, 256 * 1024), MUCH // 2))
+        last = SendWhileReceiving(size, 99, _made_up_chunk(chance), half_close=True)
+    steps.append(chance.choice((last, last, last, Leave(), Reset())))
+    return Script(tuple(steps), chance.choice((None, SLOW)))
+
+
+def _made_up_chunk(chance: random.Random) -> int:
+    return chance.choice((64 * 1024, 4 * 1024, 1000))
 
 
 def observe(script: Script, address: Any, timeout: float = TIMEOUT) -> Observation:
@@ -237,9 +292,7 @@ class _Client:
             case ShutWrite():
                 self.socket.shutdown(socket.SHUT_WR)
             case Reset():
-                # struct linger has two shorts on Windows, two ints elsewhere.
-                linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
                 return "left"
             case Leave():
                 return "left"
