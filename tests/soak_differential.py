@@ -19,10 +19,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # a clone, if muxio is not installed
 
-from differential import ANY_PORT, Case, run_all, server_under_test
+from differential import ANY_PORT, Case, run, run_all, server_under_test
 from helpers import serving, wait_until
 from soak import descriptors
 
@@ -32,47 +33,72 @@ from muxio.server import ThreadedServer
 BATCH = 200  #: scripts from one quiet moment to the next
 
 
-def soak(backend: str, seed: str, first: int, scripts: int, at_once: int) -> int:
-    """How many things went wrong; prints them, and a line for each batch."""
-    before = descriptors(), threading.active_count()
-    failures = done = lossy = cut_short = received = 0
-    quiet: int | None = None
-    began = time.monotonic()
-    with serving(ThreadedServer(ANY_PORT)) as oracle, server_under_test(backend) as (subject, ledger):
-        while done < scripts and not failures:
-            numbers = range(first + done, first + min(done + BATCH, scripts))
-            try:
-                outcomes = run_all([Case.random(seed, number) for number in numbers], oracle, subject, ledger, at_once)
-            except AssertionError as error:
-                failures += 1
-                print(f"FAILED: {error}\namong scripts {numbers[0]} to {numbers[-1]}; again, with all of them:")
-                print(again(backend, seed, numbers[0], len(numbers)), flush=True)
-                break
-            for number, outcome in zip(numbers, outcomes, strict=True):
-                received += outcome.received
-                lossy += not outcome.case.plan.lossless
-                cut_short += outcome.cut_short
-                if outcome.trouble is not None:
-                    failures += 1
-                    print(f"FAILED: script {number}: {outcome.trouble}\n{again(backend, seed, number, 1)}", flush=True)
-            done += len(numbers)
-            if quiet is None:
-                quiet = descriptors()
-            elif (left := settled(quiet)) > quiet:
-                failures += 1
-                print(f"FAILED: {left} descriptors at a quiet moment, {quiet} at the first one")
-            print(
-                f"{backend:6} {time.monotonic() - began:6.1f} s  {done:,} of {scripts:,} scripts, {lossy:,} lossy, "
-                f"{cut_short:,} cut short, {received / 2**20:,.0f} MiB received, {failures} failed",
-                flush=True,
-            )
-    if imbalance := ledger.imbalance():
-        failures += 1
-        print(f"FAILED: after the server's end its books are not even:\n{imbalance}")
-    if (left := settled(before[0])) > before[0] or threading.active_count() > before[1]:
-        failures += 1
-        print(f"FAILED: {left} descriptors and {threading.active_count()} threads are left, of {before} before")
-    return failures
+class Soak:
+    """One backend's run: a server, the oracle, and cases by their numbers."""
+
+    def __init__(self, backend: str, seed: str, at_once: int) -> None:
+        self.backend = backend
+        self.seed = seed
+        self.at_once = at_once
+        self.failures = self.done = self.lossy = self.cut_short = self.received = 0
+
+    def run(self, first: int, scripts: int) -> None:
+        """Run so many scripts, and print a line for each batch; stop behind one with a failure."""
+        before = descriptors(), threading.active_count()
+        quiet: int | None = None
+        began = time.monotonic()
+        with serving(ThreadedServer(ANY_PORT)) as oracle, server_under_test(self.backend) as (subject, ledger):
+            while self.done < scripts and not self.failures:
+                numbers = range(first + self.done, first + min(self.done + BATCH, scripts))
+                self.batch(numbers, oracle, subject)
+                if imbalance := ledger.settle():
+                    self.fail(f"the server's books are not even:\n{imbalance}", numbers)
+                    self.narrow_down(numbers, oracle)
+                if quiet is None:
+                    quiet = descriptors()
+                elif (left := settled(quiet)) > quiet:
+                    self.fail(f"{left} descriptors at a quiet moment, {quiet} at the first one", numbers)
+                print(
+                    f"{self.backend:6} {time.monotonic() - began:6.1f} s  {self.done:,} of {scripts:,} scripts, "
+                    f"{self.lossy:,} lossy, {self.cut_short:,} cut short, {self.received / 2**20:,.0f} MiB received, "
+                    f"{self.failures} failed",
+                    flush=True,
+                )
+        if not self.failures and (imbalance := ledger.imbalance()):
+            self.fail(f"the server's books are not even after its end:\n{imbalance}", range(first, first + scripts))
+        if (left := settled(before[0])) > before[0] or threading.active_count() > before[1]:
+            left_behind = f"{left} descriptors and {threading.active_count()} threads, of {before} before"
+            self.fail(f"what is left: {left_behind}", range(first, first + scripts))
+
+    def batch(self, numbers: range, oracle: Any, subject: Any) -> None:
+        cases = [Case.random(self.seed, number) for number in numbers]
+        for number, outcome in zip(numbers, run_all(cases, oracle, subject, self.at_once), strict=True):
+            self.done += 1
+            self.received += outcome.received
+            self.lossy += not outcome.case.plan.lossless
+            self.cut_short += outcome.cut_short
+            if outcome.trouble is not None:
+                self.fail(outcome.trouble, range(number, number + 1))
+
+    def narrow_down(self, numbers: range, oracle: Any) -> None:
+        """Look for one script after which a fresh server's books are not even."""
+        for number in numbers:
+            case = Case.random(self.seed, number)
+            with server_under_test(self.backend) as (subject, ledger):
+                run(case, oracle, subject)
+                imbalance = ledger.settle()
+            if imbalance:
+                self.fail(f"the books of one script alone:\n{imbalance}\n{case}", range(number, number + 1))
+                return
+        print("no script alone does that")
+
+    def fail(self, what: str, numbers: range) -> None:
+        self.failures += 1
+        print(
+            f"FAILED: {what}\nagain: python {sys.argv[0]} --backend {self.backend} --seed {self.seed} "
+            f"--first {numbers[0]} --scripts {len(numbers)}",
+            flush=True,
+        )
 
 
 def settled(descriptors_before: int) -> int:
@@ -82,10 +108,6 @@ def settled(descriptors_before: int) -> int:
     except AssertionError:
         pass
     return descriptors()
-
-
-def again(backend: str, seed: str, first: int, scripts: int) -> str:
-    return f"python {sys.argv[0]} --backend {backend} --seed {seed} --first {first} --scripts {scripts}"
 
 
 def main() -> int:
@@ -104,7 +126,9 @@ def main() -> int:
     failures = 0
     try:
         for backend in backends:
-            failures += soak(backend, options.seed, options.first, options.scripts, options.at_once)
+            soak = Soak(backend, options.seed, options.at_once)
+            soak.run(options.first, options.scripts)
+            failures += soak.failures
     except KeyboardInterrupt:
         return 130
     if failures:
