@@ -42,7 +42,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from types import TracebackType
 from typing import Any, TypeAlias, final
 
-from muxio.testing.scripts import RESET_ON_CLOSE
+from muxio.testing.scripts import RESET_ON_CLOSE, limit_segments
 
 __all__ = ["Abort", "Action", "Cut", "FaultPlan", "FaultProxy", "HalfClose", "Pass", "Stall", "Trickle"]
 
@@ -53,11 +53,6 @@ BUFFER_SIZE = 64 * 1024
 """SO_RCVBUF towards the target and SO_SNDBUF towards the client, in bytes. With the systems' megabytes the proxy would
 take in what a client does not read, and the server would never meet a full socket. The other way they are the system's:
 a client that sends before it reads gets as far as without the proxy."""
-
-SEGMENT_SIZE = 1448
-"""TCP_MAXSEG in bytes on Linux: Ethernet's. Loopback's 64 KiB are more than a small receive buffer ever offers, so that
-nothing would be sent before the persist timer fires: 2 KB each 200 ms were seen. The loopback of other systems has
-segments of at most 16 KiB."""
 
 ACCEPT_REST = 0.01
 """Seconds without accepting after an error of accept(): out of descriptors, mostly."""
@@ -294,11 +289,6 @@ def _receive(sock: socket.socket, size: int) -> bytes | None:
         return None
 
 
-def _limit_segments(sock: socket.socket) -> None:
-    if sys.platform == "linux":
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_SIZE)
-
-
 @final
 class FaultProxy:
     """Listens on a port of 127.0.0.1, and connects whoever comes to `target`, with faults in between.
@@ -330,7 +320,7 @@ class FaultProxy:
             self._give_back(self._wake, self._waker)
             raise
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)  # accepted sockets inherit it ...
-        _limit_segments(self._listener)  # ... and this
+        limit_segments(self._listener)  # ... and this
         self._listener.setblocking(False)
         self._selector.register(self._wake, EVENT_READ)
         self._selector.register(self._listener, EVENT_READ)
@@ -413,7 +403,7 @@ class FaultProxy:
         """Task: connect to the target, and let both directions flow."""
         try:
             link.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
-            _limit_segments(link.server)
+            limit_segments(link.server)
             for sock in (link.client, link.server):
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

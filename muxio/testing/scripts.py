@@ -60,6 +60,11 @@ MUCH = 8 * 1024 * 1024
 """Bytes that fill every buffer on the way. It has to be that much: Linux takes 2.8 MB for a client with 4 KiB of
 SO_RCVBUF that reads nothing, so that with less the server would never meet a full socket."""
 
+SEGMENT_SIZE = 1448
+"""TCP_MAXSEG in bytes for small receive buffers on Linux: Ethernet's. Loopback's 64 KiB are more than such a buffer
+ever offers, and nothing may then be sent before the persist timer fires: 2 KB each 200 ms, for minutes, were seen. The
+loopback of other systems has segments of at most 16 KiB."""
+
 # struct linger has two shorts on Windows, two ints elsewhere.
 RESET_ON_CLOSE = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 """SO_LINGER on, with no time to linger: close() sends a reset."""
@@ -349,6 +354,8 @@ def _connect(address: Any, receive_buffer: int | None, timeout: float) -> socket
         sock.settimeout(timeout)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            if not isinstance(address, str):
+                limit_segments(sock)
         if not isinstance(address, str):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.connect(address)
@@ -356,6 +363,12 @@ def _connect(address: Any, receive_buffer: int | None, timeout: float) -> socket
         sock.close()
         raise
     return sock
+
+
+def limit_segments(sock: socket.socket) -> None:
+    """Make a TCP socket that is not connected, or a listener for those that it accepts, get small segments."""
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_SIZE)
 
 
 def _data(size: int, seed: int) -> bytes:
