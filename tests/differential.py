@@ -18,7 +18,7 @@ from typing import Any
 
 from helpers import serving, wait_until
 
-from muxio.server import ConnectionReport, EchoProtocol, Server, Transport
+from muxio.server import ConnectionReport, EchoProtocol, Limits, Server, Timeouts, Transport
 from muxio.server.connection import AnyProtocol
 from muxio.testing import FaultPlan, FaultProxy
 from muxio.testing.scripts import Observation, ReceiveAll, Script, Send, ShutWrite, difference, made_up, observe
@@ -37,8 +37,13 @@ def make_server(
     factory: Callable[[], AnyProtocol] = EchoProtocol,
     report: Callable[[ConnectionReport], object] | None = None,
 ) -> Server:
-    """The server under test, with all that it can do switched on. This is the one place where it is made."""
-    return Server(ANY_PORT, factory, backend=backend, report=report)
+    """The server under test, with all that it can do switched on. This is the one place where it is made.
+
+    The deadlines and limits are such that no script reaches them.
+    """
+    timeouts = Timeouts(first_data=60, idle=60, write=60, lifetime=600, close=60, linger=60)
+    limits = Limits(connections=10_000, per_peer=10_000, buffered=1 << 30)
+    return Server(ANY_PORT, factory, backend=backend, timeouts=timeouts, limits=limits, report=report)
 
 
 class Ledger(logging.Handler):
