@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ class Member:
     """Has a deadline, and writes down when it was asked after that."""
 
     def __init__(self, deadline: float) -> None:
-        self.slot = 0
+        self.slot: Any = None
         self.deadline = deadline
         self.expired: list[float] = []
 

@@ -27,6 +27,7 @@ RECEIVE_SIZE = 65_536
 
 HIGH_WATER = 65_536
 LOW_WATER = HIGH_WATER // 4
+_WATER = (LOW_WATER, HIGH_WATER)
 
 #: How many pieces sendmsg() takes at once: the least that POSIX lets a system have is 16, Linux and the BSDs have this.
 _PIECES = 1024
@@ -82,6 +83,11 @@ _SENDS = (State.OPEN, State.HALF_CLOSED_REMOTE)
 _ENDS_WITH_EOF = (State.HALF_CLOSED_LOCAL, State.CLOSING)  #: once all that is queued is sent
 _ENDING = (State.CLOSING, State.LINGERING, State.FLUSHING, State.CLOSED)
 
+# Who has paused what. Bits of one number, since there are many connections and each field costs them 8 bytes.
+_READING = 1  #: the protocol, receiving
+_HELD = 2  #: the group, which has too much queued, receiving: until our queue is sent
+_WRITING = 4  #: the high-water mark, the protocol's writing
+
 Data = bytes | bytearray | memoryview
 AnyProtocol = Protocol | BufferedProtocol
 
@@ -98,19 +104,16 @@ class Connection:
         "_deadline",
         "_error",
         "_group",
-        "_held",
-        "_high_water",
         "_interest",
-        "_low_water",
+        "_paused",
         "_progress",
         "_protocol",
         "_queue",
-        "_reading_paused",
         "_receiving",
         "_sending",
         "_sock",
         "_state",
-        "_writing_paused",
+        "_water",
         "began",
         "bytes_in",
         "bytes_out",
@@ -124,7 +127,7 @@ class Connection:
         self.peername = peername
         self.bytes_in = 0
         self.bytes_out = 0
-        self.slot = 0  # the wheel's
+        self.slot: Any = None  # the wheel's
         #: Times of the loop's clock: when it began, when bytes last came or went, and when the peer last took some of
         #: the queue. What comes has come before the turn of the loop began, so that `now` is not early for it.
         self.began = self._active = self._progress = self.loop.now
@@ -137,11 +140,8 @@ class Connection:
         self._state = State.OPEN
         self._error: Exception | None = None
         self._queue: bytearray | None = None  # what the kernel has not taken yet; None when that is nothing
-        self._high_water = HIGH_WATER
-        self._low_water = LOW_WATER
-        self._reading_paused = False
-        self._writing_paused = False
-        self._held = False  # the group has too much queued: receive nothing until our queue is sent
+        self._water = _WATER
+        self._paused = 0
         # What follows from the state and the pauses, so that the hot path need not ask.
         self._receiving = True
         self._sending = True
@@ -274,18 +274,18 @@ class Connection:
         return self._state in _ENDING
 
     def pause_reading(self) -> None:
-        self._reading_paused = True
+        self._paused |= _READING
         self._watch()
 
     def resume_reading(self) -> None:
-        if self._reading_paused:
-            self._reading_paused = False
+        if self._paused & _READING:
+            self._paused &= ~_READING
             self._active = self.loop.time()  # it was we who let the peer wait
             self._group.hasten(self, self._active + self._group.idle)
             self._watch()
 
     def is_reading(self) -> bool:
-        return self._state in _RECEIVES and not self._reading_paused
+        return self._state in _RECEIVES and not self._paused & _READING
 
     def set_deadline(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
@@ -300,11 +300,11 @@ class Connection:
             low = high // 4
         if not high >= low >= 0:
             raise ValueError(f"water marks are high >= low >= 0, not high={high!r}, low={low!r}")
-        self._high_water, self._low_water = high, low
+        self._water = low, high
         self._pause_writing()
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
-        return self._low_water, self._high_water
+        return self._water
 
     def get_write_buffer_size(self) -> int:
         return 0 if self._queue is None else len(self._queue)
@@ -383,7 +383,7 @@ class Connection:
         state = self._state
         if state is not State.CLOSED:
             self._sending = state in _SENDS
-            self._receiving = state in _RECEIVES and not self._reading_paused and not self._held
+            self._receiving = state in _RECEIVES and not self._paused & (_READING | _HELD)
             interest = (READ if self._receiving or state in _DISCARDS else 0) | (0 if self._queue is None else WRITE)
             if interest != self._interest:
                 self._interest = interest
@@ -447,15 +447,15 @@ class Connection:
             before = len(self._queue)
             self._queue += data
             group.buffered += len(self._queue) - before
-        if group.buffered > group.most_buffered and not self._held:
-            self._held = True
+        if group.buffered > group.most_buffered and not self._paused & _HELD:
+            self._paused |= _HELD
             self._watch()
         self._pause_writing()
 
     def _pause_writing(self) -> None:
         """Tell the protocol if more is queued than it should be."""
-        if not self._writing_paused and self.get_write_buffer_size() > self._high_water:
-            self._writing_paused = True
+        if not self._paused & _WRITING and self.get_write_buffer_size() > self._water[1]:
+            self._paused |= _WRITING
             try:
                 self._protocol.pause_writing()
             except Exception as error:  # here: the caller may be another connection's protocol
@@ -478,12 +478,12 @@ class Connection:
         del queue[:sent]
         if not queue:
             self._queue = None
-            self._held = False
+            self._paused &= ~_HELD
             self._group.hasten(self, self._active + self._group.idle)
             self._flushed()
             self._watch()
-        if self._writing_paused and len(queue) <= self._low_water:
-            self._writing_paused = False
+        if self._paused & _WRITING and len(queue) <= self._water[0]:
+            self._paused &= ~_WRITING
             if self._state is not State.CLOSED:
                 self._protocol.resume_writing()
 
@@ -506,7 +506,7 @@ class Connection:
         ]
         if self._queue is not None:
             deadlines.append((self._progress + group.write, f"nothing was taken for {group.write:g} s"))
-        elif not self._reading_paused:
+        elif not self._paused & _READING:
             deadlines.append((self._active + group.idle, f"idle for {group.idle:g} s"))
         if not self.bytes_in:
             deadlines.append((self.began + group.first_data, f"no data within {group.first_data:g} s"))

@@ -88,6 +88,9 @@ class Transport(Interface):
 class BaseProtocol:
     """What both kinds of protocol have in common. Every callback has a default, so override what you need."""
 
+    # A class that derives from this one has a __dict__ all the same, unless it says __slots__ = () or names its own.
+    __slots__ = ("transport",)
+
     transport: Transport
 
     def connection_made(self, transport: Transport) -> None:
@@ -120,12 +123,16 @@ class BaseProtocol:
 class Protocol(BaseProtocol):
     """Receives bytes."""
 
+    __slots__ = ()
+
     def data_received(self, data: bytes) -> None:
         """Some bytes came: one or more, never none."""
 
 
 class BufferedProtocol(BaseProtocol):
     """Receives into a buffer of its own, without a copy."""
+
+    __slots__ = ()
 
     def get_buffer(self, sizehint: int) -> bytearray | memoryview:
         """A buffer of at least one byte to receive into; `sizehint` is a good size, -1 if any is."""
@@ -141,6 +148,8 @@ class EchoProtocol(Protocol):
 
     A peer that does not read is not read from either. A peer that has sent everything gets the rest, then EOF.
     """
+
+    __slots__ = ()
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)

@@ -91,6 +91,7 @@ class Server:
         self._group = Group(self.loop, timeouts, self._limits.buffered, self._ended)
         self._listener = Listener(self.loop, sock, self._welcome, self._is_full)
         self._per_peer: Counter[str] = Counter()  # connections by host, if there is a limit to that
+        self._last_host: str | None = None
         self._accepted = self._refused = 0
         self._ended_in_drain = self._cut = 0
         self._stopping = False
@@ -206,6 +207,10 @@ class Server:
             reset_on_close(sock)
             sock.close()
             return
+        if host == self._last_host:
+            peername = (self._last_host, *peername[1:])  # one string for all that come from one proxy: 64 bytes each
+        elif host:
+            self._last_host = host
         connection = Connection(self._group, sock, peername, self._factory())
         if self._limits.per_peer is not None:
             self._per_peer[host] += 1

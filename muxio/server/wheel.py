@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from typing import Protocol as Interface
 
 #: Seconds that a slot of the wheel is wide: how late a deadline may be noticed.
 TICK = 0.25
 
-#: The slot of what has no deadline.
+#: The number of the slot of what has no deadline.
 _NEVER = 1 << 62
 
 
@@ -18,13 +18,22 @@ class Member(Interface):
     """What has deadlines."""
 
     #: Where the wheel keeps it.
-    slot: int
+    slot: Any
 
     def check(self, now: float) -> float:
         """Act on the deadlines that are over at `now`. Returns when the next one is: later than `now`, inf for none."""
 
 
 M = TypeVar("M", bound=Member)
+
+
+class Slot(set[M]):
+    """Those who are to be asked at one time: `number` times `TICK`."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class Wheel(Generic[M]):
@@ -37,7 +46,7 @@ class Wheel(Generic[M]):
     __slots__ = ("_size", "_slots")
 
     def __init__(self) -> None:
-        self._slots: dict[int, set[M]] = {}
+        self._slots: dict[int, Slot[M]] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -45,8 +54,8 @@ class Wheel(Generic[M]):
 
     def __iter__(self) -> Iterator[M]:
         """All members, as of now: they may come and go meanwhile."""
-        for members in list(self._slots.values()):
-            yield from list(members)
+        for slot in list(self._slots.values()):
+            yield from list(slot)
 
     def add(self, member: M, when: float) -> None:
         """Take in a member whose next deadline is at `when`."""
@@ -58,7 +67,7 @@ class Wheel(Generic[M]):
 
         For one that has left, or that is being asked just now, it does nothing.
         """
-        if when < member.slot * TICK and member in self._slots.get(member.slot, ()):
+        if member.slot is not None and when < member.slot.number * TICK:
             self._take(member)
             self._put(member, when)
 
@@ -69,26 +78,30 @@ class Wheel(Generic[M]):
 
     def turn(self, now: float, most: int) -> bool:
         """Ask the members whose time has come, but no more than `most`. Whether others are still to be asked."""
-        for slot in sorted(slot for slot in self._slots if slot * TICK <= now):
-            members = self._slots[slot]
-            while members:
+        for number in sorted(number for number in self._slots if number * TICK <= now):
+            while slot := self._slots.get(number):
                 if most == 0:
                     return True
                 most -= 1
-                member = members.pop()
-                when = member.check(now)
-                self._take(member)
-                self._put(member, when)
+                member = slot.pop()  # not the first that an iterator finds: it would walk over all holes each time
+                member.slot = None
+                if not slot:
+                    del self._slots[number]
+                self._put(member, member.check(now))
         return False
 
     def _put(self, member: M, when: float) -> None:
         # Rounded up, so that no deadline is early.
-        member.slot = _NEVER if when == math.inf else math.ceil(when / TICK)
-        self._slots.setdefault(member.slot, set()).add(member)
+        number = _NEVER if when == math.inf else math.ceil(when / TICK)
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = Slot(number)
+        slot.add(member)
+        member.slot = slot
 
     def _take(self, member: M) -> None:
-        members = self._slots.get(member.slot)
-        if members is not None:
-            members.discard(member)
-            if not members:
-                del self._slots[member.slot]
+        slot = member.slot
+        member.slot = None
+        slot.discard(member)
+        if not slot:
+            del self._slots[slot.number]
