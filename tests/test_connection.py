@@ -533,6 +533,29 @@ def test_writelines_is_one_write(loop: Loop, connect: Connect) -> None:
     assert read_until_eof(loop, peer) == b"onetwo" + array.array("H", [1, 2]).tobytes()
 
 
+@pytest.mark.parametrize("queued", [False, True], ids=["at once", "after others"])
+def test_writelines_of_many_pieces_arrive_whole_and_in_order(queued: bool, loop: Loop, connect: Connect) -> None:
+    """More than one sendmsg() takes, of all kinds and sizes, empty ones too."""
+    connection, peer = connect(Recorder())
+    written = fill(connection) if queued else b""
+    kinds: list[Any] = [bytes, bytearray, memoryview]
+    cuts = [0, *itertools.accumulate(number % 300 for number in range(3000))]
+    pieces = [kinds[a % 3](PATTERN[a:b]) for a, b in itertools.pairwise(cuts)]
+    connection.writelines(iter(pieces))
+    connection.close()
+    assert read_until_eof(loop, peer) == written + PATTERN[: cuts[-1]]
+
+
+def test_lower_water_marks_count_at_once(connect: Connect) -> None:
+    protocol = Recorder()
+    connection, _ = connect(protocol)
+    connection.set_write_buffer_limits(high=1 << 30)
+    fill(connection)
+    assert "pause_writing" not in protocol.calls
+    connection.set_write_buffer_limits(high=1000)
+    assert protocol.calls[-1] == "pause_writing"
+
+
 def test_writelines_counts_against_the_high_water_mark(connect: Connect) -> None:
     protocol = Recorder()
     connection, _ = connect(protocol)

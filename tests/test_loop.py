@@ -235,6 +235,22 @@ def test_a_timer_may_ask_for_an_earlier_one(loop: Loop) -> None:
     assert made == ["earlier"]
 
 
+def test_cancelled_timers_do_not_pile_up(loop: Loop) -> None:
+    kept = [loop.call_later(3600, print) for _ in range(10)]
+    for _ in range(1000):
+        loop.call_later(3600, print).cancel()
+    assert len(loop._timers) <= 2 * len(kept) + 1
+    made: list[int] = []
+    timers = [loop.call_at(loop.time() + number / 1000, made.append, number) for number in range(20)]
+    for timer in timers[::2]:
+        timer.cancel()
+    run_until(loop, lambda: len(made) == 10)
+    assert made == list(range(1, 20, 2))
+    for timer in timers + kept:
+        timer.cancel()
+    assert loop._timers == []
+
+
 def test_time_is_the_monotonic_clock(loop: Loop) -> None:
     before = time.monotonic()
     assert before <= loop.time() <= time.monotonic()

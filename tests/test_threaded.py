@@ -214,7 +214,7 @@ def test_addresses_are_written_as_people_do(address: Any, text: str) -> None:
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), " 0.83 s, reset by peer"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), " 0.83 s, peer gone while sending"),
         (ConnectionAbortedError(), " 0.83 s, aborted"),
-        (TimeoutError(), " 0.83 s, timed out"),
+        (TimeoutError(errno.ETIMEDOUT, "idle for 600 s"), " 0.83 s, idle for 600 s"),
         (OSError(errno.EHOSTUNREACH, "No route to host"), " 0.83 s, No route to host"),
         (OSError("odd"), " 0.83 s, odd"),
         (ValueError("bad byte"), " 0.83 s, bad byte"),

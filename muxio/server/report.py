@@ -12,7 +12,6 @@ _REASONS: tuple[tuple[type[OSError], str], ...] = (
     (ConnectionResetError, "reset by peer"),
     (BrokenPipeError, "peer gone while sending"),
     (ConnectionAbortedError, "aborted"),
-    (TimeoutError, "timed out"),
 )
 
 

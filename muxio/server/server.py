@@ -241,7 +241,7 @@ class Server:
             self._listener.close(self._backlog if drain > 0 else 0)
             if drain > 0:
                 self._group.close = self._group.linger = math.inf  # what counts now is the time to drain
-                for connection in self._group:
+                for connection in list(self._group):
                     connection.drain()
         if drain > 0:
             self.loop.call_later(drain, self._cut_off)

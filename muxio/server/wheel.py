@@ -55,7 +55,7 @@ class Wheel(Generic[M]):
     def __iter__(self) -> Iterator[M]:
         """All members, as of now: they may come and go meanwhile."""
         for slot in list(self._slots.values()):
-            yield from list(slot)
+            yield from set(slot)  # a copy in one go, which list() of a set of our own class is not without a GIL
 
     def add(self, member: M, when: float) -> None:
         """Take in a member whose next deadline is at `when`."""
