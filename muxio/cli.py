@@ -6,10 +6,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import NoReturn
 
 import muxio
 from muxio.backends import NAMES
+from muxio.quantities import count, or_none, seconds
 
 DEFAULT_ADDRESS = "127.0.0.1:8007"
 
@@ -67,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--runs", metavar="N", type=_runs, default=15, help="rounds, 7 or more (default: 15)")
     length.add_argument("--quick", action="store_true", help="a look: three short rounds, nothing is judged")
     poller.add_argument("--backend", metavar="NAME", help=f"muxio on this one only: {', '.join(NAMES)}")
-    poller.add_argument("--json", metavar="FILE", help="write JSON instead of tables, to a file or - (needs no rich)")
+    _json_option(poller)
+    _add_bench_echo(benches)
     return parser
 
 
@@ -95,50 +98,83 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drain",
         metavar="SECONDS",
-        type=lambda text: 0.0 if text == "0" else _seconds(text),
+        type=lambda text: 0.0 if text == "0" else or_none(seconds)(text),
         default=DRAIN,
         help=f"time that clients get to end after a stop, 0 for none (default: {DRAIN:g})",
     )
-    for options, defaults, convert in ((_TIMEOUTS, Timeouts(), _seconds), (_LIMITS, Limits(), _count)):
+    for options, defaults, convert in ((_TIMEOUTS, Timeouts(), seconds), (_LIMITS, Limits(), count)):
         for option, (field, text) in options.items():
             default = getattr(defaults, field)
             group.add_argument(
                 option,
                 dest=field,
-                metavar="SECONDS" if convert is _seconds else "N",
-                type=convert,
+                metavar="SECONDS" if convert is seconds else "N",
+                type=or_none(convert),
                 default=argparse.SUPPRESS,
                 help=f"{text} (default: {'none' if default is None else f'{int(default):,}'})",
             )
 
 
-def _scaled(text: str, units: dict[str, int]) -> float | None:
-    """A number above 0 with a unit, None for none. ValueError: it is neither."""
-    if text == "none":
-        return None
-    unit = text[-1:].lower()
-    scale = units.get(unit)
-    number = float(text) if scale is None else float(text[:-1]) * scale
-    if not 0 < number < math.inf:
-        raise ValueError
-    return number
+def _add_bench_echo(benches: argparse._SubParsersAction[_Parser]) -> None:
+    echo = benches.add_parser(
+        "echo",
+        help="the echo server, beside C, uvloop, asyncio and others",
+        description="Measure echo servers in turn: CPU time an echo, throughput, latency, fairness. Each serves in a "
+        "process of its own, and the load comes from another, in C if there is a compiler. Three loads and all that "
+        "is installed take five minutes. Ctrl-C shows what is there by then.",
+        epilog="scenarios: load (64 B over 100 and 1,000 connections, 16 KiB over 100); memory (an idle connection's); "
+        "crowd (busy connections alone, and beside idle ones); storm (1,000 clients that connect at once); hostile "
+        "(honest clients alone, and beside others that drip, never read, or reset). "
+        "exit status: 0, 1 if a contestant failed, 2 for bad input, 130 after Ctrl-C",
+    )
+    echo.add_argument(
+        "--scenario",
+        dest="scenarios",
+        metavar="NAME,...",
+        type=_names,
+        default=("load",),
+        help="what to measure (default: load), or all",
+    )
+    echo.add_argument(
+        "--only",
+        "--contestants",
+        metavar="NAME,...",
+        type=_names,
+        help="of muxio, c, epoll, selectors, asyncio, uvloop, gevent, threads (default: all that are here; muxio, "
+        "asyncio and uvloop in scenarios other than load)",
+    )
+    echo.add_argument("-c", "--connections", metavar="N", type=count, help="busy connections")
+    echo.add_argument("--size", metavar="BYTES", type=count, help="of a message, as in 64, 16k or 1M")
+    echo.add_argument(
+        "--rate",
+        metavar="N",
+        type=count,
+        help="so many messages a second from all together, latency counted from when each was to be sent (open loop); "
+        "without it each connection sends when it had its echo (closed loop)",
+    )
+    echo.add_argument(
+        "-d",
+        "--duration",
+        metavar="TIME",
+        type=seconds,
+        default=1.0,
+        help="of a sample, as in 500ms or 2s (default: 1s)",
+    )
+    echo.add_argument("--idle", metavar="N", type=count, help="idle connections (default: memory 9000, crowd 19000)")
+    echo.add_argument("--hostile", metavar="N", type=count, default=500, help="hostile peers a kind (default: 500)")
+    length = echo.add_mutually_exclusive_group()
+    length.add_argument("--rounds", metavar="N", type=_runs, default=7, help="7 or more (default: 7)")
+    length.add_argument("--quick", action="store_true", help="a look: three short rounds, nothing is judged")
+    echo.add_argument("--backend", metavar="NAME", help=f"muxio on this one: {', '.join(NAMES)}")
+    _json_option(echo)
 
 
-def _seconds(text: str) -> float | None:
-    try:
-        return _scaled(text, {"s": 1, "m": 60, "h": 3600})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: seconds above 0, 30s, 5m, 24h or none") from None
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write JSON instead of tables, to a file or - (needs no rich)")
 
 
-def _count(text: str) -> int | None:
-    try:
-        number = _scaled(text, {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30})
-        if number is not None and number != int(number):
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on: 500, 64k, 256m, 1g or none") from None
-    return None if number is None else int(number)
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.lower().split(","))
 
 
 def _runs(text: str) -> int:
@@ -199,11 +235,15 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from muxio.bench import poller
+    from muxio.bench import echo, poller
     from muxio.bench.report import conduct
 
     try:
-        results, scenarios = poller.bench(options.runs, options.quick, options.backend)
+        if options.bench == "poller":
+            results, scenarios = poller.bench(options.runs, options.quick, options.backend)
+        else:
+            names = [field.name for field in fields(echo.Settings)]
+            results, scenarios = echo.bench(echo.Settings(**{name: getattr(options, name) for name in names}))
     except (ValueError, OSError) as error:  # no such backend, or not here
         return _complain("bench", str(error))
     return conduct(results, scenarios, options.json)

@@ -36,6 +36,7 @@ FLOORS = {
     "muxio.server": 6,
     "muxio.bench": 7,
     "muxio.testing": 7,
+    "muxio.quantities": 7,
     "muxio.info": 8,
     "muxio.cli": 8,
     "muxio.__main__": 8,

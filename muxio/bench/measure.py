@@ -41,6 +41,8 @@ class Row:
     unit: str
     baseline: str | None = None  #: the contestant whose median is subtracted from what the others took
     compared: bool = True  #: whether ratios make sense
+    table: str | None = None  #: the title of a table with one row a contestant, if its median is to stand there
+    column: str | None = None  #: and above which column of that
     samples: dict[str, list[float]] = field(default_factory=dict)  #: contestant -> a value for each round
 
     def values(self, contestant: str) -> list[float]:
@@ -54,21 +56,26 @@ class Row:
         values = self.values(contestant)
         return Summary(median(values), min(values), max(values), len(values))
 
-    def ratio(self, numerator: str, denominator: str) -> Summary | None:
-        """The median and the quartiles of the ratios within each round, or None if there are none."""
-        pairs = list(zip(self.values(numerator), self.values(denominator), strict=False))  # the last may be cut short
-        if len(pairs) < 2 or min(below for _, below in pairs) <= 0:
+    def ratio(self, numerator: str, denominator: str | None) -> Summary | None:
+        """The median and the quartiles of the ratios within each round, or None if there are none.
+
+        Without a denominator those of the values themselves.
+        """
+        above = self.values(numerator)
+        below = self.values(denominator) if denominator else [1.0] * len(above)
+        pairs = list(zip(above, below, strict=False))  # the last may be cut short
+        if len(pairs) < 2 or min(under for _, under in pairs) <= 0:
             return None
-        low, middle, high = quantiles([above / below for above, below in pairs], method="inclusive")
+        low, middle, high = quantiles([over / under for over, under in pairs], method="inclusive")
         return Summary(middle, low, high, len(pairs))
 
 
 class Bar(NamedTuple):
-    """What the ratio of two contestants has to keep to."""
+    """What the ratio of two contestants has to keep to, or what one takes by itself."""
 
     row: str
     numerator: str
-    denominator: str
+    denominator: str | None
     relation: Literal["at most", "at least"]
     limit: float
 
@@ -99,10 +106,14 @@ class Results:
     open_files: int  #: how many are needed to measure everything
     rows: dict[str, Row] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)  #: what was left out and why, and what else was found
+    failures: list[str] = field(default_factory=list)  #: which contestants failed, and how
 
 
 def measure(scenarios: Iterable[Scenario], results: Results, progress: Callable[[str, int, int], None]) -> None:
-    """Run the scenarios one after the other, and fill in the results while they come."""
+    """Run the scenarios one after the other, and fill in the results while they come.
+
+    A contestant that fails is out of its scenario, with all that was measured of it there; the others go on.
+    """
     for scenario in scenarios:
         results.rows.update((row.name, row) for row in scenario.rows)
         names = list(scenario.contestants)
@@ -110,7 +121,17 @@ def measure(scenarios: Iterable[Scenario], results: Results, progress: Callable[
             progress(scenario.rows[-1].name, done, scenario.rounds)
             first = done % len(names)
             for name in names[first:] + names[:first]:
-                for row, value in zip(scenario.rows, _take(scenario.contestants[name]), strict=True):
+                if name not in scenario.contestants:
+                    continue
+                try:
+                    values = _take(scenario.contestants[name])
+                except Failure as failure:
+                    results.failures.append(str(failure))
+                    del scenario.contestants[name]
+                    for row in scenario.rows:
+                        row.samples.pop(name, None)
+                    continue
+                for row, value in zip(scenario.rows, values, strict=True):
                     row.samples.setdefault(name, []).append(value)
 
 

@@ -7,12 +7,14 @@ The JSON is one object, and this is schema 1. Later versions add to it, or raise
   run; null if unknown), ``open_files`` (the limit; null if there is none)
 - ``settings``: what was asked for; ``warnings``: what may spoil the results; ``remarks``: what was left out, or found
 - ``reference``: the contestant that the others are compared with
-- ``rows``: a list of ``name``, ``unit``, ``baseline`` and ``results``, which is a list of ``contestant``, ``median``,
-  ``min``, ``max``, ``samples`` (one a round; less the median of the contestant named by ``baseline``, unless that is
-  null), and ``ratio`` to the reference (null where it makes no sense): the ``median`` of the ratios within each round,
-  ``low`` and ``high`` (their quartiles), and ``rounds``
-- ``bars``: a list of ``row``, ``numerator``, ``denominator``, ``relation`` (``at most``, ``at least``), ``limit``,
-  ``ratio`` (as above) and ``verdict`` (``met``, ``missed``, ``within noise``, ``not judged``)
+- ``rows``: a list of ``name``, ``unit``, ``baseline``, ``table`` and ``column`` (null, or which rows people see side
+  by side) and ``results``, which is a list of ``contestant``, ``median``, ``min``, ``max``, ``samples`` (one a round;
+  less the median of the contestant named by ``baseline``, unless that is null), and ``ratio`` to the reference (null
+  where it makes no sense): the ``median`` of the ratios within each round, ``low`` and ``high`` (their quartiles), and
+  ``rounds``
+- ``bars``: a list of ``row``, ``numerator``, ``denominator`` (null: the numerator's own values are judged, and stand
+  in the place of ratios), ``relation`` (``at most``, ``at least``), ``limit``, ``ratio`` (as above) and ``verdict``
+  (``met``, ``missed``, ``within noise``, ``not judged``)
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +57,23 @@ def conduct(results: Results, scenarios: Generator[Scenario, None, None], file: 
         warnings = spoilers(facts, results.open_files)
         for warning in warnings:
             _complain(f"muxio bench: {warning}", 0)
-        status, trouble = 0, None
+        status, troubles = 0, results.failures
         try:
             with contextlib.closing(scenarios), _progress(file is None) as progress:
                 measure(scenarios, results, progress)
         except KeyboardInterrupt:
-            status, trouble = 130, "interrupted"
+            status = 130
+            troubles.append("interrupted")
         except (Failure, OSError, subprocess.CalledProcessError) as error:
-            status, trouble = 1, str(error)
+            troubles.append(str(error))
+        trouble = "; ".join(troubles) or None
         document = as_dict(results, facts, warnings, trouble)
         if file is None:
             _print_tables(document)
         else:
             json.dump(document, stream, indent=1)
             stream.write("\n")
-        return _complain(f"muxio bench: {trouble}, the results are partial", status) if trouble else 0
+        return _complain(f"muxio bench: {trouble}, the results are partial", status or 1) if trouble else 0
 
 
 def _complain(line: str, status: int) -> int:
@@ -85,7 +90,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count() or 1,
         "load": _load(),
-        "open_files": _open_files(),
+        "open_files": open_files(),
     }
 
 
@@ -114,7 +119,8 @@ def _load() -> float | None:
     return os.getloadavg()[0]
 
 
-def _open_files() -> int | None:
+def open_files() -> int | None:
+    """How many files a process may have open; None if there is no limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -127,7 +133,8 @@ def as_dict(results: Results, facts: dict[str, Any], warnings: list[str], troubl
     """What the JSON says, and the tables show."""
     rows: list[dict[str, Any]] = []
     for row in results.rows.values():
-        rows.append({"name": row.name, "unit": row.unit, "baseline": row.baseline, "results": []})
+        facts_of_row = {"name": row.name, "unit": row.unit, "baseline": row.baseline}
+        rows.append({**facts_of_row, "table": row.table, "column": row.column, "results": []})
         for contestant in row.samples:
             median, low, high, _ = row.summary(contestant)
             ratio = row.ratio(contestant, results.reference) if row.compared else None
@@ -177,26 +184,27 @@ def _print_tables(document: dict[str, Any]) -> None:
     load = "unknown" if facts["load"] is None else f"{facts['load']:.2f}"
     console.print(f"muxio {facts['muxio']}, {facts['python']}, {facts['system']}")
     console.print(f"{facts['cpu']}, {facts['cores']} cores, load before the run {load}")
-    for row in document["rows"]:
-        compared = any(result["ratio"] for result in row["results"])
+    for title, group in groupby(document["rows"], key=lambda row: row["table"] or f"{row['name']}, {row['unit']}"):
+        rows = list(group)
+        columns, lines = _medians(rows) if rows[0]["table"] else _spread(rows[0], document["reference"])
         table = Table(box=None, pad_edge=False)
-        table.add_column(min_width=20)
-        for title in ("median", "min", "max", *([f"x {document['reference']}", "quartiles"] if compared else [])):
-            table.add_column(title, justify="right", min_width=8)
-        for result in row["results"]:
-            figures = [f"{result[figure]:,.0f}" for figure in ("median", "min", "max")]
-            table.add_row(result["contestant"], *figures, *_ratio(result["ratio"]))
-        console.print(f"\n{row['name']}, {row['unit']}", style="bold")
+        table.add_column(min_width=20, no_wrap=True)
+        for column in columns:
+            table.add_column(column, justify="right", min_width=8)
+        for name, line in lines.items():
+            table.add_row(name, *line)
+        console.print(f"\n{title}", style="bold")
         console.print(table)
     console.print()
     for remark in document["remarks"]:
         console.print(remark)
-    console.print("\nNumbers to hold", style="bold")
+    if document["bars"]:
+        console.print("\nNumbers to hold", style="bold")
     for bar in document["bars"]:
         found = "{} ({})".format(*_ratio(bar["ratio"])) if bar["ratio"] else "not measured"
-        contest = f"{bar['numerator']} / {bar['denominator']}"
+        contest = f"{bar['numerator']} / {bar['denominator']}" if bar["denominator"] else bar["numerator"]
         console.print(
-            f"{bar['verdict']:13}{bar['row']}: {contest} {found}, {bar['relation']} {bar['limit']}",
+            f"{bar['verdict']:13}{bar['row']}: {contest} {found}, {bar['relation']} {bar['limit']:,}",
             style=COLOURS.get(bar["verdict"]),
         )
     console.print(
@@ -207,5 +215,35 @@ def _print_tables(document: dict[str, Any]) -> None:
     )
 
 
+def _spread(row: dict[str, Any], reference: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns and lines of a row's own table: medians, extremes and ratios."""
+    columns = ["median", "min", "max"]
+    if any(result["ratio"] for result in row["results"]):
+        columns += [f"x {reference}", "quartiles"]
+    lines = {
+        result["contestant"]: [*(_figure(result[name]) for name in columns[:3]), *_ratio(result["ratio"])]
+        for result in row["results"]
+    }
+    return columns, lines
+
+
+def _medians(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns and lines of a table that several rows share: medians."""
+    lines: dict[str, list[str]] = {}
+    for place, row in enumerate(rows):
+        for result in row["results"]:
+            line = lines.setdefault(result["contestant"], [""] * len(rows))
+            line[place] = _figure(result["median"])
+    return [row["column"] for row in rows], lines
+
+
+def _figure(value: float) -> str:
+    """With three digits at least."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _ratio(ratio: dict[str, Any] | None) -> tuple[str, ...]:
-    return (f"{ratio['median']:.2f}", f"{ratio['low']:.2f}-{ratio['high']:.2f}") if ratio else ()
+    if not ratio:
+        return ()
+    median, low, high = (f"{ratio[name]:,.2f}" for name in ("median", "low", "high"))
+    return median, f"{low}-{high}"
