@@ -33,6 +33,7 @@ CALM_RATE = 5000.0  #: messages a second beside hostile peers: far from what kee
 
 QUICK_ROUNDS = 3
 QUICK_DURATION, QUICK_WARMUP = 0.2, 0.1  # seconds
+SIEGE_WARMUP = 1.0  #: seconds until hostile peers have filled the buffers that they fill
 SPARE_FILES = 100  # open files beside the connections
 
 IDLE, CROWD = 9_000, 19_000  #: idle connections
@@ -351,7 +352,7 @@ def _storm(arena: Arena, names: Sequence[str]) -> Scenarios:
 def _hostile(arena: Arena, names: Sequence[str]) -> Scenarios:
     """Honest connections at a calm rate, alone and beside peers that drip, never read, and reset."""
     each = arena.settings.hostile
-    alone = arena.settings.load(100, rate=arena.settings.rate or CALM_RATE)
+    alone = arena.settings.load(100, rate=arena.settings.rate or CALM_RATE, warmup=SIEGE_WARMUP)
     title = f"{alone.busy:,} honest, {3 * each:,} hostile"
 
     def longest(found: Found) -> float:

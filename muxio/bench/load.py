@@ -60,7 +60,7 @@ def put(load: Load, server: Sequence[str], generator: Sequence[str], cores: Core
     """Start the server, put the load on it, and end it. Failure: the server does not do what it should."""
     with running(server, cores.server) as process:
         port, clock = port_of(process), cpu_clock(process.pid)
-        _generate(Load(idle=1), port, 0, generator, cores)
+        _generate(Load(idle=1, patience=load.patience), port, 0, generator, cores)
         before = private_memory(process.pid) if can_tell_memory() else None
         found = _generate(load, port, clock, generator, cores, process.pid)
         return Found(**{**asdict(found), "memory_before": before})
