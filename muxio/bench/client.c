@@ -33,10 +33,11 @@ static const struct {
     const char *name;
     double *value;
 } PARAMETERS[] = {
-    {"port", &port},     {"busy", &busy},     {"size", &size},     {"idle", &idle},         {"hello", &hello},
-    {"drip", &drip},     {"deaf", &deaf},     {"reset", &reset},   {"window", &window},     {"warmup", &warmup},
-    {"rate", &rate},     {"duration", &duration},                  {"clock", &server_clock},
-    {"patience", &patience},
+    {"port", &port},     {"clock", &server_clock},
+    {"busy", &busy},     {"size", &size},         {"rate", &rate},
+    {"idle", &idle},     {"hello", &hello},
+    {"drip", &drip},     {"deaf", &deaf},         {"reset", &reset},
+    {"window", &window}, {"warmup", &warmup},     {"duration", &duration}, {"patience", &patience},
 };
 
 static void read_parameters(char **arguments)

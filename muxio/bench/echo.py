@@ -298,7 +298,7 @@ def _memory(arena: Arena, names: Sequence[str]) -> Scenarios:
         arena.remark("memory: left out, this system does not tell it (/proc/PID/smaps_rollup)")
         return
     idle = arena.settings.idle or IDLE
-    load = arena.settings.load(0, idle=idle, duration=0.0)
+    load = arena.settings.load(0, busy=0, idle=idle, duration=0.0)
 
     def each(found: Found) -> float:
         return _grown(found) / idle
