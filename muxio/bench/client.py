@@ -33,6 +33,7 @@ DRIP_PAUSE, RESET_PAUSE, TICK = 0.1, 0.5, 0.01  # seconds
 RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 SMALL, SEGMENT = 4096, 536  # buffers and segments of those that do not read; client.c says why
+PER_SOURCE = 10_000  # connections from one address; client.c says why
 
 
 class Kind(enum.Enum):
@@ -157,6 +158,8 @@ class Client:
     def dial(self, peer: Peer) -> None:
         sock = peer.sock = socket.socket()
         sock.setblocking(False)
+        if sys.platform == "linux" and (source := peer.number // PER_SOURCE):
+            sock.bind((f"127.0.0.{1 + source}", 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if peer.kind in NEVER_READS:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)

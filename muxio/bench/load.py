@@ -36,7 +36,7 @@ class Load:
     window: int = 64  #: how many at most are between connect and first echo
     warmup: float = 0.3  #: seconds
     duration: float = 1.0  #: seconds measured; 0: only connect
-    patience: float = 10.0  #: seconds for all to get a first echo, and for the last echoes to come
+    patience: float = 30.0  #: seconds for all to get a first echo, and for the last echoes to come
 
 
 @dataclass(frozen=True)
