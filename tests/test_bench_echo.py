@@ -22,11 +22,12 @@ from muxio.bench.load import PERCENTILES, Found, Load, put
 from muxio.bench.measure import Failure, Results, Row
 
 QUICK = ["bench", "echo", "--quick", "--json", "-"]
-ONCE = "from muxio.bench import echo; echo.QUICK_ROUNDS = 1"
+SLOWLY = "from muxio.bench import echo; echo.QUICK_DURATION = 0.5"  # somebody has to be echoed on a busy machine, too
+ONCE = f"{SLOWLY}; echo.QUICK_ROUNDS = 1"
 
 ANYWHERE = processes.Cores(None, None)
 SERVE = [*processes.module("muxio"), "serve", "127.0.0.1:0", "-q"]
-SHORT = Load(busy=3, warmup=0.02, duration=0.1)
+SHORT = Load(busy=3, warmup=0.02, duration=0.5)
 
 COMPILER = processes.compiler()
 
@@ -75,7 +76,7 @@ def test_a_load_is_put_on_a_server_and_every_echo_is_timed(generator: list[str])
     found = put(SHORT, SERVE, generator, ANYWHERE)
     assert (found.connections, found.starved, found.cuts, found.lateness) == (3, 0, 0, None)
     assert found.echoes >= found.slowest * 3 > 0
-    assert (found.seconds >= 0.1, found.setup > 0, found.own_cpu > 0) == (True, True, True)
+    assert (found.seconds >= 0.5, found.setup > 0, found.own_cpu > 0) == (True, True, True)
     assert (found.server_cpu is not None) == bool(processes.cpu_clock())
     assert (found.memory is not None) == (found.memory_before is not None) == processes.can_tell_memory()
     assert found.latency is not None
@@ -85,8 +86,9 @@ def test_a_load_is_put_on_a_server_and_every_echo_is_timed(generator: list[str])
 
 
 def test_an_open_loop_sends_at_its_rate_and_counts_from_when_it_ought_to_have_sent(generator: list[str]) -> None:
-    found = put(Load(busy=3, rate=200, warmup=0.05, duration=0.5), SERVE, generator, ANYWHERE)
-    assert found.echoes <= 0.5 * 200 + found.connections
+    start = time.monotonic()
+    found = put(Load(busy=3, rate=200, warmup=0.05), SERVE, generator, ANYWHERE)
+    assert 0 < found.echoes <= 200 * (time.monotonic() - start)
     assert found.latency
     assert found.lateness
 
@@ -97,8 +99,7 @@ def test_an_open_loop_sends_at_its_rate_and_counts_from_when_it_ought_to_have_se
 
 def test_everybody_is_served_beside_idle_and_hostile_peers(generator: list[str]) -> None:
     load = Load(busy=4, size=100_000, idle=5, drip=5, deaf=5, reset=5, window=3, warmup=0.6, duration=0.6)
-    found = put(load, SERVE, generator, ANYWHERE)
-    assert found.echoes > 0
+    assert put(load, SERVE, generator, ANYWHERE).connections == 4
 
 
 def test_without_a_duration_it_only_connects(generator: list[str]) -> None:
@@ -110,13 +111,13 @@ def test_without_a_duration_it_only_connects(generator: list[str]) -> None:
 @pytest.mark.parametrize("says", WRONG)
 def test_what_is_no_echo_is_told_by_cause(generator: list[str], says: str) -> None:
     with pytest.raises(Failure, match=says):
-        put(Load(busy=2, patience=0.5), wrong(WRONG[says]), generator, ANYWHERE)
+        put(Load(busy=2, patience=0.5 if "within" in says else 30), wrong(WRONG[says]), generator, ANYWHERE)
 
 
 def test_an_echo_that_never_comes_is_a_failure(generator: list[str]) -> None:
     tires = wrong("sock.sendall(data if received <= 2000 else b'')")
-    with pytest.raises(Failure, match=r"2 echoes did not come within 0\.3 s"):
-        put(Load(busy=2, patience=0.3, duration=0.1), tires, generator, ANYWHERE)
+    with pytest.raises(Failure, match="2 echoes did not come within 2 s"):
+        put(Load(busy=2, patience=2, duration=0.1), tires, generator, ANYWHERE)
 
 
 def test_a_server_that_does_not_start_is_a_failure_with_its_last_words(generator: list[str]) -> None:
@@ -145,7 +146,7 @@ def test_a_contestant_echoes_messages_that_no_buffer_holds(name: str, tmp_path: 
     if name in ("uvloop", "gevent") and importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     load = Load(busy=2, size=5_000_000, deaf=2, reset=2, warmup=0.05, duration=0.5)
-    assert put(load, command, processes.module("muxio.bench.client"), ANYWHERE).echoes > 0
+    assert put(load, command, processes.module("muxio.bench.client"), ANYWHERE).connections == 2  # and all were right
 
 
 def test_the_clock_of_a_process_counts_its_cpu_time() -> None:
@@ -161,7 +162,9 @@ def test_the_clock_of_a_process_counts_its_cpu_time() -> None:
 
 
 def test_a_quick_run_measures_every_row_of_every_contestant() -> None:
-    result = run(*QUICK, "--only", "muxio,asyncio", "-c", "3", "--size", "1k", before="sys.modules['rich'] = None")
+    result = run(
+        *QUICK, "--only", "muxio,asyncio", "-c", "3", "--size", "1k", before=f"{SLOWLY}; sys.modules['rich'] = None"
+    )
     assert (result.returncode, only_warnings(result.stderr)) == (0, True), result.stderr
     document = json.loads(result.stdout)
     assert (document["schema"], document["bench"], document["complete"], document["error"]) == (1, "echo", True, None)
@@ -236,7 +239,7 @@ def test_a_compiler_that_refuses_is_told(tmp_path: Path) -> None:
 
 def test_ctrl_c_reports_what_is_there_and_exits_with_130() -> None:
     before = (
-        "import signal; from muxio.bench import echo; real = echo.put; taken = []\n"
+        f"import signal; {SLOWLY}; real = echo.put; taken = []\n"
         "def put(*arguments):\n"
         "    taken.append(1)\n"
         "    if len(taken) == 3: signal.raise_signal(signal.SIGINT)\n"
