@@ -237,12 +237,13 @@ def test_a_compiler_that_refuses_is_told(tmp_path: Path) -> None:
     assert (result.returncode, "cannot compile client.c: no licence" in result.stderr) == (1, True)
 
 
-def test_ctrl_c_reports_what_is_there_and_exits_with_130() -> None:
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+def test_a_signal_reports_what_is_there_and_exits_with_130(signal: str) -> None:
     before = (
         f"import signal; {SLOWLY}; real = echo.put; taken = []\n"
         "def put(*arguments):\n"
         "    taken.append(1)\n"
-        "    if len(taken) == 3: signal.raise_signal(signal.SIGINT)\n"
+        f"    if len(taken) == 3: signal.raise_signal(signal.{signal})\n"
         "    return real(*arguments)\n"
         "echo.put = put"
     )

@@ -335,6 +335,7 @@ def _crowd(arena: Arena, names: Sequence[str]) -> Scenarios:
         yield scenario
     finally:
         _withhold_throughput(arena, title, findings)
+        _tell_who_was_slow(arena, title, alone, findings)
 
 
 def _storm(arena: Arena, names: Sequence[str]) -> Scenarios:
@@ -371,6 +372,7 @@ def _hostile(arena: Arena, names: Sequence[str]) -> Scenarios:
     try:
         yield scenario
     finally:
+        _tell_who_was_slow(arena, title, alone, findings)
         for name, found in findings.items():
             if cuts := sum(one.cuts for one in found):
                 arena.remark(f"{title}: {name} ended {cuts:,} hostile connections")

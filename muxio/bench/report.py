@@ -23,8 +23,10 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +60,8 @@ def conduct(results: Results, scenarios: Generator[Scenario, None, None], file: 
         for warning in warnings:
             _complain(f"muxio bench: {warning}", 0)
         status, troubles = 0, results.failures
+        if threading.current_thread() is threading.main_thread():  # SIGTERM, too, must end what the benchmark started
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         try:
             with contextlib.closing(scenarios), _progress(file is None) as progress:
                 measure(scenarios, results, progress)
