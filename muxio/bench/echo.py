@@ -212,18 +212,20 @@ def _loading(arena: Arena, names: Sequence[str]) -> Scenarios:
     for size, connections in LOADS if settings.size is settings.connections is None else LOADS[:1]:
         load = settings.load(connections, size)
         title = f"{_bytes(load.size)} x {load.busy:,}" + (f", open loop {load.rate:,.0f}/s" if load.rate else "")
-        metrics = [
-            *([(Row(f"{title}: server CPU", "µs an echo"), _cpu_an_echo)] if cpu_clock() else []),
-            (Row(f"{title}: throughput", "echoes/s"), _throughput),
-            *_latencies(title, load),
-            *_shares(title),
-        ]
+        metrics = [*_speed(title), *_latencies(title, load), *_shares(title)]
         scenario, findings = arena.scenario(title, metrics, _everybody(names, load))
         try:
             yield scenario
         finally:
             _withhold_throughput(arena, title, findings)
             _tell_who_was_slow(arena, title, load, findings)
+
+
+def _speed(title: str) -> list[Metric]:
+    metrics: list[Metric] = [(Row(f"{title}: throughput", "echoes/s"), _throughput)]
+    if cpu_clock():
+        metrics.insert(0, (Row(f"{title}: server CPU", "µs an echo"), _cpu_an_echo))
+    return metrics
 
 
 def _cpu_an_echo(found: Found) -> float:
@@ -329,7 +331,7 @@ def _crowd(arena: Arena, names: Sequence[str]) -> Scenarios:
     idle = arena.settings.idle or CROWD
     alone = arena.settings.load(100)
     title = f"{alone.busy:,} busy, {idle:,} idle"
-    metrics: list[Metric] = [(Row(f"{title}: throughput", "echoes/s"), _throughput), *_latencies(title, alone)]
+    metrics = [*_speed(title), *_latencies(title, alone)]
     scenario, findings = arena.scenario(title, metrics, _beside(names, alone, "idle beside", replace(alone, idle=idle)))
     try:
         yield scenario
