@@ -156,7 +156,7 @@ def _add_bench_echo(benches: argparse._SubParsersAction[_Parser]) -> None:
         "-d",
         "--duration",
         metavar="TIME",
-        type=seconds,
+        type=_duration,
         default=1.0,
         help="of a sample, as in 500ms or 2s (default: 1s)",
     )
@@ -175,6 +175,13 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.lower().split(","))
+
+
+def _duration(text: str) -> float:
+    duration = seconds(text)
+    if not 0.01 <= duration <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 10ms to 1h")
+    return duration
 
 
 def _runs(text: str) -> int:

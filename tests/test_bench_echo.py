@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import select
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 from test_bench import only_warnings, run
 
-from muxio import cli
 from muxio.bench import echo, processes, servers
 from muxio.bench.client import percentiles
 from muxio.bench.echo import Arena, Settings
@@ -287,14 +285,6 @@ def test_a_limit_of_open_files_leaves_a_scenario_out_and_says_so() -> None:
     result = run(*QUICK, "--scenario", "memory", before=before)
     assert (result.returncode, "9,100 open files are needed" in result.stderr) == (0, True)
     assert json.loads(result.stdout)["remarks"][-1] == "memory: left out, it takes 9,100 open files (ulimit -n)"
-
-
-def test_sizes_and_times_have_units() -> None:
-    assert [cli._size(text) for text in ("64", "16k", "1M")] == [64, 16_384, 1_048_576]
-    assert [cli._seconds(text) for text in ("2", "1.5s", "500ms")] == [2.0, 1.5, 0.5]
-    for bad in ("", "k", "-1", "1.5k"):
-        with pytest.raises(argparse.ArgumentTypeError):
-            cli._size(bad)
 
 
 def test_a_server_that_starves_connections_has_no_throughput() -> None:
