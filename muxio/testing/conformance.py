@@ -472,14 +472,14 @@ def wait_and_signal(
             before()
             signal.pthread_kill(main, signal.SIGUSR1)
             sent = time.monotonic()
-            while timeout is None and not wait.is_over:
+            while timeout is None and not wait.is_over and signal.getsignal(signal.SIGUSR1) is handler:
                 time.sleep(0.001)
                 if time.monotonic() > sent + RESEND:
                     signal.pthread_kill(main, signal.SIGUSR1)
                     sent = time.monotonic()
         return begun
 
-    main = threading.get_ident()
+    main, handler = threading.get_ident(), signal.getsignal(signal.SIGUSR1)
     thread = Background(send)
     try:
         result = wait()
