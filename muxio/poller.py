@@ -148,7 +148,7 @@ class Poller(Generic[Key]):
         if key is _SAME:
             key = source  # type: ignore[assignment]
         try:
-            fd = source if isinstance(source, int) else source.fileno()
+            fd = source if type(source) is int else source.fileno()
         except (AttributeError, ValueError):
             fd = -1
         if fd < 0:
@@ -156,20 +156,21 @@ class Poller(Generic[Key]):
         try:
             self._acquire()
             facility = self._facility
-            mask = facility.masks.get(events)
-            if mask is None:
-                raise self._refusal(events)
-            self._touched.add(fd)
-            if fd in self._table:
+            try:
+                mask = facility.masks[events]
+            except (KeyError, TypeError):
+                raise self._refusal(events) from None
+            table = self._table
+            if fd in table:
                 self._take_over(fd, source, mask)
             else:
                 try:
                     facility.add(fd, mask)
                 except FileExistsError:  # left behind by a register() that an exception cut short
                     facility.modify(fd, mask)
-            self._table[fd] = source, events, key
+            table[fd] = source, events, key
             if self._waiter:
-                self._interrupt()
+                self._interrupt(fd)
         finally:
             self._release()
 
@@ -183,18 +184,24 @@ class Poller(Generic[Key]):
         registration cannot be modified (EINVAL, epoll_ctl(2)). OSError: EBADF if the descriptor was closed.
         """
         try:
+            fd = source if type(source) is int else source.fileno()
+        except (AttributeError, ValueError):
+            fd = -1
+        try:
             self._acquire()
             facility = self._facility
-            fd, entry = self._find(source)
+            entry = self._table.get(fd)
+            if entry is None or entry[0] is not source:
+                fd, entry = self._find(source)
+                if _is_gone(entry[0], fd):
+                    raise OSError(errno.EBADF, f"closed while it was registered: {entry[0]!r}")
             owner, asked, old_key = entry
-            mask = facility.masks.get(events)
-            if mask is None:
-                raise self._refusal(events)
+            try:
+                mask = facility.masks[events]
+            except (KeyError, TypeError):
+                raise self._refusal(events) from None
             if (events | asked) & EXCLUSIVE:
                 raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
-            if _is_gone(owner, fd):
-                raise OSError(errno.EBADF, f"closed while it was registered: {owner!r}")
-            self._touched.add(fd)
             if key is _SAME:
                 key = old_key
             self._table[fd] = owner, events, key
@@ -210,10 +217,10 @@ class Poller(Generic[Key]):
                 self._ready.pop(fd, None)
             if self._disarmed:
                 self._disarmed.discard(fd)
+            if self._waiter:
+                self._interrupt(fd)
             if self._last is not _NO_BATCH:
                 self._correct(fd, key, events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
-            if self._waiter:
-                self._interrupt()
         finally:
             self._release()
 
@@ -227,22 +234,28 @@ class Poller(Generic[Key]):
         KeyError: not registered.
         """
         try:
+            fd = source if type(source) is int else source.fileno()
+        except (AttributeError, ValueError):
+            fd = -1
+        try:
             self._acquire()
             facility = self._facility
-            fd, entry = self._find(source)
-            self._touched.add(fd)
+            entry = self._table.get(fd)
+            if entry is None or entry[0] is not source:
+                fd, entry = self._find(source)
             try:
                 facility.remove(fd)
             except OSError:  # closed
                 self._suspect_leftovers(fd)
             del self._table[fd]
-            self._ready.pop(fd, None)
+            if fd in self._ready:
+                self._ready.pop(fd, None)  # a poll that just filled it in may take it out itself
             if self._disarmed:
                 self._disarmed.discard(fd)
+            if self._waiter:
+                self._interrupt(fd)
             if self._last is not _NO_BATCH:
                 self._correct(fd, entry[2], 0)
-            if self._waiter:
-                self._interrupt()
         finally:
             self._release()
 
@@ -422,8 +435,9 @@ class Poller(Generic[Key]):
         except OSError:
             pass  # closed: it stays listed until it is unregistered
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, fd: int) -> None:
         """Let a wait under way begin anew if it would not notice the change by itself."""
+        self._touched.add(fd)
         if not self._facility.sees_changes:
             self._facility.wake()
 
