@@ -68,10 +68,6 @@ _Entry = tuple["Source", int, "Any"]
 #: Events that say more than a handler has asked for, or of a source that is closed.
 _CARE = ERROR | HANGUP | INVALID
 
-#: The events as the facility gave them, the batch made of them, and where in it a number stands once that was asked.
-_Batch = list["Any"]
-_NO_BATCH: _Batch = [(), (), {}]
-
 
 class _Unusable(Facility):
     """Stands where the facility was, so that no call has to ask first whether it is still there."""
@@ -117,7 +113,7 @@ class Poller(Generic[Key]):
         #: `finally` releases it: a handler that raises between the two would otherwise leave it locked for good.
         self._lock = threading.RLock()
         self._acquire = self._lock.acquire
-        self._waiter: dict[None, list[None]] = {}
+        self._waiter: dict[None, object] = {}
         self._woken = False
         #: Number -> (source, events, key).
         self._table: dict[int, _Entry] = {}
@@ -130,7 +126,12 @@ class Poller(Generic[Key]):
         #: Number -> the (key, READ) that a plain READ event becomes, filled in at the first event. One look-up and no
         #: new tuple are what an event costs then, and registering does not pay for it.
         self._ready: dict[int, tuple[Any, int]] = {}
-        self._last = _NO_BATCH
+        #: The list that `poll` returned last, until it is called again; and the events of the facility it was made of,
+        #: stored before it.
+        self._last: list[tuple[Any, int]] | None = None
+        self._raw: list[tuple[int, int]] = []
+        #: Events of the facility, and where in them each number stands: filled in when a list has to be corrected.
+        self._places: tuple[list[tuple[int, int]], dict[int, int]] = self._raw, {}
 
     # Registrations
 
@@ -148,7 +149,7 @@ class Poller(Generic[Key]):
         if key is _SAME:
             key = source  # type: ignore[assignment]
         try:
-            fd = source if type(source) is int else source.fileno()
+            fd = source if type(source) is int else source.fileno()  # type: ignore[union-attr]
         except (AttributeError, ValueError):
             fd = -1
         if fd < 0:
@@ -184,7 +185,7 @@ class Poller(Generic[Key]):
         registration cannot be modified (EINVAL, epoll_ctl(2)). OSError: EBADF if the descriptor was closed.
         """
         try:
-            fd = source if type(source) is int else source.fileno()
+            fd = source if type(source) is int else source.fileno()  # type: ignore[union-attr]
         except (AttributeError, ValueError):
             fd = -1
         try:
@@ -219,7 +220,7 @@ class Poller(Generic[Key]):
                 self._disarmed.discard(fd)
             if self._waiter:
                 self._interrupt(fd)
-            if self._last is not _NO_BATCH:
+            if self._last is not None:
                 self._correct(fd, key, events | ERROR | HANGUP | (READ_CLOSED if events & READ else 0))
         finally:
             self._release()
@@ -234,7 +235,7 @@ class Poller(Generic[Key]):
         KeyError: not registered.
         """
         try:
-            fd = source if type(source) is int else source.fileno()
+            fd = source if type(source) is int else source.fileno()  # type: ignore[union-attr]
         except (AttributeError, ValueError):
             fd = -1
         try:
@@ -254,7 +255,7 @@ class Poller(Generic[Key]):
                 self._disarmed.discard(fd)
             if self._waiter:
                 self._interrupt(fd)
-            if self._last is not _NO_BATCH:
+            if self._last is not None:
                 self._correct(fd, entry[2], 0)
         finally:
             self._release()
@@ -292,36 +293,36 @@ class Poller(Generic[Key]):
         ValueError: a negative or NaN timeout, max_events below 1. RuntimeError: another thread waits in this
         poller, or the poller is closed, also by another thread during the wait.
         """
-        deadline = None
-        if timeout:
-            if not timeout > 0:
-                raise ValueError(f"timeout is seconds, 0 or more, or None for ever; not {timeout!r}")
-            deadline = monotonic() + timeout
+        if timeout and not timeout > 0:
+            raise ValueError(f"timeout is seconds, 0 or more, or None for ever; not {timeout!r}")
         if max_events < 1:
             raise ValueError(f"max_events is 1 or more, not {max_events!r}")
-        token: list[None] = []
+        token: list[tuple[Any, int]] = []
+        batch = token
         waiter = self._waiter
         try:
             if waiter.setdefault(None, token) is not token:
                 raise RuntimeError("another thread waits in this poller already")
-            self._last = _NO_BATCH
+            self._last = None
             if self._touched:
                 self._forget_touched()
             ready = self._ready
             facility = self._facility
-            if deadline is None:
+            if not timeout:
                 raw = facility.wait(timeout, max_events)
+            elif facility.looks_first:
+                raw = facility.wait(0, max_events)
             else:
-                raw = _wait_for(facility, timeout, max_events)  # type: ignore[arg-type]
-            batch = []
+                raw = []
             try:
                 for fd, events in raw:  # a comprehension costs a call before CPython 3.12
                     batch.append(ready[fd] if events == READ else self._translate(fd, events))
-                self._last = [raw, batch, None]
+                self._raw = raw
+                self._last = batch
                 if self._touched or not (batch or timeout == 0):
-                    batch = self._take_care(facility, raw, timeout, deadline, max_events)
+                    batch = self._take_care(facility, raw, timeout, max_events)
             except KeyError:  # the first event of a number, or one that needs care
-                batch = self._take_care(facility, raw, timeout, deadline, max_events)
+                batch = self._take_care(facility, raw, timeout, max_events)
             del waiter[None]
             if self._closed:
                 self._give_back()
@@ -380,7 +381,7 @@ class Poller(Generic[Key]):
                 facility, self._facility = self._facility, _Unusable("the poller is closed")
                 for state in (self._table, self._ready, self._disarmed, self._suspect):
                     state.clear()
-                self._last = _NO_BATCH
+                self._last = None
                 if self._waiter:
                     self._touched.add(-1)  # sends the waiting thread the careful way, which notices
                     facility.wake()
@@ -449,11 +450,12 @@ class Poller(Generic[Key]):
 
     def _correct(self, fd: int, key: Any, allowed: int) -> None:
         """Cut the event that the list returned last has for a number down to the allowed bits."""
-        last = self._last
-        raw, batch, places = last
-        if places is None:
-            places = last[2] = {number: place for place, (number, _) in enumerate(raw)}
-        place = places.get(fd)
+        batch, raw = self._last, self._raw
+        if batch is None or self._last is not batch:
+            return  # the next poll has begun, and the two may not belong together
+        if self._places[0] is not raw:
+            self._places = raw, {number: place for place, (number, _) in enumerate(raw)}
+        place = self._places[1].get(fd)
         if place is not None and place < len(batch):
             batch[place] = key, batch[place][1] & allowed
 
@@ -522,18 +524,15 @@ class Poller(Generic[Key]):
         return pair if events == READ else (pair[0], events)
 
     def _take_care(
-        self,
-        facility: Facility,
-        raw: list[tuple[int, int]],
-        timeout: float | None,
-        deadline: float | None,
-        max_events: int,
+        self, facility: Facility, raw: list[tuple[int, int]], timeout: float | None, max_events: int
     ) -> list[tuple[Any, int]]:
         """Finish a `poll` whose first batch was empty or not plain: translate carefully, and wait on if need be."""
+        deadline = monotonic() + timeout if timeout else None
         while True:
             try:
                 batch, woken = [self._translate(fd, events) for fd, events in raw], False
-                self._last = [raw, batch, None]
+                self._raw = raw
+                self._last = batch
                 careful = bool(self._touched)
             except KeyError:
                 careful = True
@@ -587,7 +586,8 @@ class Poller(Generic[Key]):
                     if events:
                         kept.append((fd, events))
                         batch.append((entry[2], events))
-            self._last = [kept, batch, None]
+            self._raw = kept
+            self._last = batch
             if haunted:
                 self._renew()
         finally:
@@ -630,7 +630,7 @@ class Poller(Generic[Key]):
         """After an exception out of a wait: events that fire once may have been taken from the kernel and lost."""
         try:
             self._acquire()
-            lost = {fd for fd, _ in self._last[0]}
+            lost = {fd for fd, _ in self._raw} if self._last is not None else ()
             for fd, (_, events, _) in self._table.items():
                 if events & EDGE or (events & ONESHOT and (fd in lost or fd not in self._disarmed)):
                     self._disarmed.discard(fd)

@@ -28,9 +28,7 @@ CLOSE_IN_THE_MIDST = "tests/test_stress.py::test_close_in_the_midst_of_it_all_is
 SLOWER = ("select", "poll"), ("usual", "shortest")
 
 #: How a change is noted, and the batch that was returned last looked for, at the end of modify and unregister.
-NOTED = (
-    "            if self._waiter:\n                self._interrupt(fd)\n            if self._last is not _NO_BATCH:\n"
-)
+NOTED = "            if self._waiter:\n                self._interrupt(fd)\n            if self._last is not None:\n"
 UNNOTED = NOTED.replace("self._waiter", "False")
 
 EVENTS_FILE = [
@@ -679,7 +677,7 @@ BATCHES = [
         "the-last-batch-is-kept",
         "the keys of a list are let go when the next poll() begins",
         "poller.py",
-        "            self._last = _NO_BATCH\n            if self._touched:",
+        "            self._last = None\n            if self._touched:",
         "            if self._touched:",
         likely="test_the_key_is_let_go_as_soon_as_the_next_poll_begins",
     ),
@@ -722,8 +720,8 @@ WAITING = [
         "a-negative-timeout-is-none",
         "a negative timeout is a ValueError",
         "poller.py",
-        "            if not timeout > 0:",
-        "            if timeout != timeout:",
+        "        if timeout and not timeout > 0:",
+        "        if timeout != timeout:",
         likely="test_a_timeout_that_is_none_is_a_value_error",
     ),
     Mutation(
@@ -738,8 +736,16 @@ WAITING = [
         "deadlines-come-early",
         "a timeout is never early",
         "poller.py",
-        "            deadline = monotonic() + timeout",
-        "            deadline = monotonic() + timeout - 50e-6",
+        "        deadline = monotonic() + timeout if",
+        "        deadline = monotonic() + timeout - 50e-6 if",
+        likely="test_timeout_is_never_early",
+    ),
+    Mutation(
+        "a-finite-wait-is-a-look",
+        "a timeout is never early",
+        "poller.py",
+        "not (batch or timeout == 0):",
+        "not (batch or timeout is not None):",
         likely="test_timeout_is_never_early",
     ),
     Mutation(
@@ -775,6 +781,23 @@ WAITING = [
         "facility.coarseness, _LONGEST_WAIT), max_events)",
         "        return facility.wait_finely(timeout, 1024)\n    return facility.wait(min(timeout - "
         "facility.coarseness, _LONGEST_WAIT), 1024)",
+        on="poll",
+        likely="test_max_events_caps_a_list",
+    ),
+    Mutation(
+        "a-look-ignores-max-events",
+        "max_events caps a list",
+        "poller.py",
+        "                raw = facility.wait(0, max_events)\n            else:",
+        "                raw = facility.wait(0, 1024)\n            else:",
+        likely="test_max_events_caps_a_list",
+    ),
+    Mutation(
+        "a-wait-for-ever-ignores-max-events",
+        "max_events caps a list",
+        "poller.py",
+        "                raw = facility.wait(timeout, max_events)\n            elif",
+        "                raw = facility.wait(timeout, 1024)\n            elif",
         likely="test_max_events_caps_a_list",
     ),
     Mutation(
@@ -800,6 +823,22 @@ WAITING = [
         "                    self._rearm()",
         "                    pass",
         likely="test_what_a_handler_that_raises_gets_in_the_way_of_is_not_lost",
+    ),
+    Mutation(
+        "an-exception-repeats-events",
+        "ONESHOT rests after it fired",
+        "poller.py",
+        "for fd, _ in self._raw} if self._last is not None else ()",
+        "for fd, _ in self._raw}",
+        tests=(BACKENDS,),
+    ),
+    Mutation(
+        "a-list-is-corrected-by-the-places-of-another",
+        "the entry of a registration that was removed reads (key, 0)",
+        "poller.py",
+        "        if self._places[0] is not raw:",
+        "        if not self._places[0]:",
+        likely="test_the_entry_of_what_was_unregistered_reads_nothing",
     ),
     Mutation(
         "a-closed-poller-keeps-its-descriptors",

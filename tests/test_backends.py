@@ -18,7 +18,7 @@ import pytest
 from test_conformance import POLLERS
 
 import muxio
-from muxio import ERROR, HANGUP, READ, READ_CLOSED, WRITE
+from muxio import ERROR, HANGUP, ONESHOT, READ, READ_CLOSED, WRITE
 from muxio.backends import NAMES, probe
 from muxio.backends.facility import Facility
 from muxio.backends.waker import Waker
@@ -237,6 +237,32 @@ def overtaken(facility: Facility, name: str, when: str, change: Callable[[], obj
     threads[0].result()
 
 
+def changeable(name: str) -> Facility:
+    """A facility of which a test can replace methods."""
+    backend = importlib.import_module(f"muxio.backends.{name}").Backend
+    facility: Facility = type("WithoutSlots", (backend,), {})()
+    return facility
+
+
+@pytest.mark.parametrize("name", muxio.backends())
+def test_an_exception_out_of_a_wait_repeats_nothing(name: str) -> None:
+    """It arms anew what the wait may have lost, but not what the list before has said."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    facility: Any = changeable(name)
+    poller: muxio.Poller[Any] = muxio.Poller(facility)
+    with poller, ExitStack() as stack:
+        poller.register(readable(stack), READ | ONESHOT, key="key")
+        assert poller.poll(10) == [("key", READ)]
+        wait, facility.wait = facility.wait, interrupt
+        with pytest.raises(KeyboardInterrupt):
+            poller.poll()
+        facility.wait = wait
+        assert poller.poll(0) == []
+
+
 @pytest.mark.parametrize("name", muxio.backends())
 class TestTwoThreads:
     """A change overtakes what another thread does: all is then as if one had come after the other."""
@@ -248,9 +274,7 @@ class TestTwoThreads:
 
     @pytest.fixture
     def facility(self, name: str) -> Facility:
-        backend = importlib.import_module(f"muxio.backends.{name}").Backend
-        facility: Facility = type("WithoutSlots", (backend,), {})()
-        return facility
+        return changeable(name)
 
     @pytest.fixture
     def poller(self, facility: Facility) -> Iterator[muxio.Poller[Any]]:

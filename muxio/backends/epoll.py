@@ -42,6 +42,7 @@ class Backend(Facility):
     masks = _MASKS
     sees_changes = True
     outlives_close = True
+    looks_first = True  # a finite epoll.poll() asks for the time as well
     coarseness = 0.001  # epoll_wait(2) counts milliseconds, and CPython rounds up to them
 
     __slots__ = ("_epoll", "_waker", "add", "modify", "remove", "wait", "wake_fd")

@@ -30,6 +30,8 @@ class Facility:
     sees_changes: bool
     #: Whether the kernel may go on reporting a number after its descriptor was closed (then `verify` and `renew`).
     outlives_close = False
+    #: Whether a finite wait is better begun with a look, a wait of no time: it costs less than to ask what time it is.
+    looks_first = False
     #: How many seconds late `wait` may be. Where that is more than 0, `wait_finely` is better.
     coarseness = 0.0
     #: The number under which `wait` reports a wake-up.

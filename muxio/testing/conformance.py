@@ -1018,13 +1018,14 @@ class PollerConformance:
 
     # Batches
 
-    def test_max_events_caps_a_list(self, poller: Poller[Any], stack: ExitStack) -> None:
+    @pytest.mark.parametrize("timeout", [None, 0, DEADLINE])
+    def test_max_events_caps_a_list(self, poller: Poller[Any], stack: ExitStack, timeout: float | None) -> None:
         for _ in range(5):
             poller.register(readable(stack), READ | WRITE)
         assert len(batch_of(poller, 5)) == 5
         for cap in range(1, 6):  # kqueue counts filters, so there may be fewer
-            assert 1 <= len(poller.poll(DEADLINE, max_events=cap)) <= cap
-        assert len(poller.poll(DEADLINE, max_events=10)) == 5
+            assert 1 <= len(poller.poll(timeout, max_events=cap)) <= cap
+        assert len(poller.poll(timeout, max_events=10)) == 5
 
     @pytest.mark.parametrize("cap", [1, 2, 3])
     def test_beyond_max_events_all_get_their_turn(self, poller: Poller[Any], stack: ExitStack, cap: int) -> None:
