@@ -88,6 +88,11 @@ _READING = 1  #: the protocol, receiving
 _HELD = 2  #: the group, which has too much queued, receiving: until our queue is sent
 _WRITING = 4  #: the high-water mark, the protocol's writing
 
+# How to receive.
+_NOT = 0
+_AS_BYTES = 1
+_INTO_BUFFER = 2  #: the protocol's
+
 Data = bytes | bytearray | memoryview
 AnyProtocol = Protocol | BufferedProtocol
 
@@ -100,7 +105,6 @@ class Connection:
 
     __slots__ = (
         "_active",
-        "_buffered",
         "_deadline",
         "_error",
         "_group",
@@ -110,47 +114,47 @@ class Connection:
         "_protocol",
         "_queue",
         "_receiving",
-        "_sending",
         "_sock",
         "_state",
         "_water",
         "began",
         "bytes_in",
         "bytes_out",
-        "loop",
         "peername",
         "slot",
     )
 
     def __init__(self, group: Group, sock: socket.socket, peername: Any, protocol: AnyProtocol) -> None:
-        self.loop: Loop = group.loop
         self.peername = peername
         self.bytes_in = 0
         self.bytes_out = 0
         self.slot: Any = None  # the wheel's
         #: Times of the loop's clock: when it began, when bytes last came or went, and when the peer last took some of
         #: the queue. What comes has come before the turn of the loop began, so that `now` is not early for it.
-        self.began = self._active = self._progress = self.loop.now
+        self.began = self._active = self._progress = group.loop.now
         #: The one that the protocol has set, or that closing has.
         self._deadline = math.inf
         self._group = group
         self._sock = sock
         self._protocol: Any = protocol
-        self._buffered = isinstance(protocol, BufferedProtocol)
         self._state = State.OPEN
         self._error: Exception | None = None
         self._queue: bytearray | None = None  # what the kernel has not taken yet; None when that is nothing
         self._water = _WATER
         self._paused = 0
-        # What follows from the state and the pauses, so that the hot path need not ask.
-        self._receiving = True
-        self._sending = True
+        # What follows from the state and the pauses, so that the hot path need not find out.
+        self._receiving = self._manner()
         self._interest = READ
-        self.loop.poller.register(sock, READ, self)
+        group.loop.poller.register(sock, READ, self)
         group.join(self, self._next_deadline()[0])
 
     def __repr__(self) -> str:
         return f"<Connection with {self.peername}: {self._state.value}, {self.get_write_buffer_size()} B queued>"
+
+    @property
+    def loop(self) -> Loop:
+        """The loop that serves this connection."""
+        return self._group.loop
 
     @property
     def state(self) -> State:
@@ -171,7 +175,7 @@ class Connection:
     def ready(self, events: int) -> None:
         """Readiness: move bytes. One receive an event, so that no peer holds up the others."""
         if events & READ:
-            if self._receiving and not self._buffered:  # written out here: a call costs as much as all the rest of it
+            if self._receiving == _AS_BYTES:  # written out here: a call costs as much as all the rest of it
                 try:
                     data = self._sock.recv(RECEIVE_SIZE)
                 except BlockingIOError:
@@ -181,7 +185,7 @@ class Connection:
                 else:
                     if data:
                         self.bytes_in += len(data)
-                        self._active = self.loop.now
+                        self._active = self._group.loop.now
                         self._protocol.data_received(data)
                     else:
                         self._receive_eof()
@@ -225,7 +229,7 @@ class Connection:
     # The transport; see protocol.Transport for what each method promises.
 
     def write(self, data: Data) -> None:
-        if self._queue is None and self._sending:
+        if self._queue is None and self._state in _SENDS:
             try:
                 sent = self._sock.send(data)
             except BlockingIOError:
@@ -234,7 +238,7 @@ class Connection:
                 self._lose(error)
                 return
             self.bytes_out += sent
-            self._active = self.loop.now
+            self._active = self._group.loop.now
             if sent != (len(data) if type(data) is bytes else _size(data)):
                 self._enqueue(bytes(data)[sent:])
         elif self._may_write():
@@ -361,7 +365,7 @@ class Connection:
 
     def _end(self) -> None:
         """Give everything back."""
-        self._receiving = self._sending = False
+        self._receiving = _NOT
         self._group.buffered -= self.get_write_buffer_size()
         self._queue = None
         self.loop.poller.unregister(self._sock)
@@ -378,12 +382,17 @@ class Connection:
         finally:
             self._group.leave(self, self._error)
 
+    def _manner(self) -> int:
+        """How to receive now."""
+        if self._state not in _RECEIVES or self._paused & (_READING | _HELD):
+            return _NOT
+        return _INTO_BUFFER if isinstance(self._protocol, BufferedProtocol) else _AS_BYTES
+
     def _watch(self) -> None:
         """Ask the poller for what there is a use for now."""
         state = self._state
         if state is not State.CLOSED:
-            self._sending = state in _SENDS
-            self._receiving = state in _RECEIVES and not self._paused & (_READING | _HELD)
+            self._receiving = self._manner()
             interest = (READ if self._receiving or state in _DISCARDS else 0) | (0 if self._queue is None else WRITE)
             if interest != self._interest:
                 self._interest = interest
@@ -432,7 +441,7 @@ class Connection:
     def _may_write(self) -> bool:
         if self._state is State.HALF_CLOSED_LOCAL:
             raise RuntimeError("write() after write_eof()")
-        return self._sending
+        return self._state in _SENDS
 
     def _enqueue(self, data: Data) -> None:
         """Keep what the kernel does not take now."""

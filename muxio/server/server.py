@@ -224,7 +224,7 @@ class Server:
                 del self._per_peer[host]
         self._listener.resume()
         if self._report is not None:
-            seconds = self.loop.time() - connection.began
+            seconds = max(0.0, self.loop.time() - connection.began)
             report = ConnectionReport(connection.peername, connection.bytes_in, connection.bytes_out, seconds, error)
             try:
                 self._report(report)

@@ -27,8 +27,8 @@ class Member(Interface):
 M = TypeVar("M", bound=Member)
 
 
-class Slot(set[M]):
-    """Those who are to be asked at one time: `number` times `TICK`."""
+class Slot(dict[M, None]):
+    """Those who are to be asked at one time: `number` times `TICK`. A dict takes half of the memory of a set."""
 
     __slots__ = ("number",)
 
@@ -55,7 +55,7 @@ class Wheel(Generic[M]):
     def __iter__(self) -> Iterator[M]:
         """All members, as of now: they may come and go meanwhile."""
         for slot in list(self._slots.values()):
-            yield from set(slot)  # a copy in one go, which list() of a set of our own class is not without a GIL
+            yield from slot.copy()  # in one go, which list() of a class of our own is not without a GIL
 
     def add(self, member: M, when: float) -> None:
         """Take in a member whose next deadline is at `when`."""
@@ -83,7 +83,7 @@ class Wheel(Generic[M]):
                 if most == 0:
                     return True
                 most -= 1
-                member = slot.pop()  # not the first that an iterator finds: it would walk over all holes each time
+                member, _ = slot.popitem()  # from the end: the way to the first one is over all holes, each time
                 member.slot = None
                 if not slot:
                     del self._slots[number]
@@ -96,12 +96,12 @@ class Wheel(Generic[M]):
         slot = self._slots.get(number)
         if slot is None:
             slot = self._slots[number] = Slot(number)
-        slot.add(member)
+        slot[member] = None
         member.slot = slot
 
     def _take(self, member: M) -> None:
         slot = member.slot
         member.slot = None
-        slot.discard(member)
+        del slot[member]
         if not slot:
             del self._slots[slot.number]
