@@ -60,3 +60,10 @@ def test_without_pytest_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pytest", None)
     with pytest.raises(ImportError, match="pip install pytest"):
         muxio.testing.PollerConformance  # noqa: B018
+
+
+def test_without_hypothesis_one_test_is_skipped_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "muxio.testing.model", raising=False)
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(pytest.skip.Exception, match="pip install 'muxio\\[testing]'"):
+        PollerConformance().test_any_order_of_operations(watchdog=lambda: None)

@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Any:
     module = "conformance" if name == "PollerConformance" else "faults"
     pytest = sys.modules.get("pytest")
     if pytest is not None and module == "conformance":  # so that a failing assert shows its values
-        pytest.register_assert_rewrite(f"{__name__}.conformance")
+        pytest.register_assert_rewrite(f"{__name__}.conformance", f"{__name__}.model")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

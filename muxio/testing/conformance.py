@@ -561,20 +561,27 @@ class PollerConformance:
 
     make_poller: called without arguments, returns a new poller with nothing registered.
     tells: the hints (ERROR, HANGUP, READ_CLOSED) that its facility gives whenever they are true; none by default.
+    runs: how many orders of operations are made up and tried, each on a new poller; 0 for none.
     """
 
     tells: int = 0
+    runs: int = 100
 
     @staticmethod
     def make_poller() -> Any:
         raise NotImplementedError("a subclass says how its poller is made")
 
     @pytest.fixture(autouse=True)
-    def watchdog(self) -> Iterator[None]:
-        """A poller that hangs fails the test: by an exception in the main thread, or else by the end of the run."""
+    def watchdog(self) -> Iterator[Callable[[], object]]:
+        """A poller that hangs fails the test: by an exception in the main thread, or else by the end of the run.
+
+        Gives a function that lets the time begin anew.
+        """
+        feed: Callable[[], object]
         if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-            faulthandler.dump_traceback_later(WATCHDOG, exit=True, file=2)
-            yield
+            feed = partial(faulthandler.dump_traceback_later, WATCHDOG, exit=True, file=2)
+            feed()
+            yield feed
             faulthandler.cancel_dump_traceback_later()
             return
 
@@ -582,9 +589,10 @@ class PollerConformance:
             raise TimeoutError(f"the test has not ended within {WATCHDOG:g} s")
 
         before = signal.signal(signal.SIGALRM, bark)
-        signal.setitimer(signal.ITIMER_REAL, WATCHDOG)
+        feed = partial(signal.setitimer, signal.ITIMER_REAL, WATCHDOG)
+        feed()
         try:
-            yield
+            yield feed
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -1862,6 +1870,16 @@ class PollerConformance:
         poller.close()
         with pytest.raises(RuntimeError):
             call(poller, pair[0])
+
+    # Everything in any order
+
+    def test_any_order_of_operations(self, watchdog: Callable[[], object]) -> None:
+        """A failure prints the shortest order found, as a program, and how to repeat it: see `muxio.testing.model`."""
+        try:
+            from muxio.testing.model import any_order
+        except ImportError as error:
+            pytest.skip(str(error))
+        any_order(self.make_poller, self.tells, self.runs, begin=watchdog)
 
     # What it is
 

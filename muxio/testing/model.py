@@ -8,6 +8,9 @@ hypothesis makes up the order: sockets are opened, written, read, shut, closed a
 registered, modified and unregistered meanwhile, and looked at. After each look the model says what it had to tell and
 what it may have told; after each step, what is registered and what the list returned last has to read by now.
 
+A failure prints the shortest order that it found, as a program. ``Operations = machine(make_poller)`` makes it one that
+runs by itself, without hypothesis choosing; the ``@reproduce_failure`` that is printed as well decorates such a class.
+
 `File`, `Handle` and `Watch` are the whole state. What the promises leave open is open here too, and nothing else: what
 a facility says of a source that was closed while it was registered, and which hints it knows.
 """
@@ -27,7 +30,7 @@ from itertools import count
 from typing import Any
 
 try:
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, currently_in_test_context, note, settings
     from hypothesis import strategies as st
     from hypothesis.stateful import (
         RuleBasedStateMachine,
@@ -37,17 +40,14 @@ try:
         run_state_machine_as_test,
     )
 except ImportError as error:
-    raise ImportError("muxio.testing.model needs hypothesis: python -m pip install hypothesis") from error
-
-import pytest
+    raise ImportError("muxio.testing.model needs hypothesis: python -m pip install 'muxio[testing]'") from error
 
 from muxio.events import EDGE, ERROR, HANGUP, HINTS, ONESHOT, READ, READ_CLOSED, WRITE, describe
 from muxio.poller import MAX_EVENTS, Poller
 from muxio.testing.conformance import DEADLINE, until
 
-__all__ = ["any_order"]
+__all__ = ["any_order", "machine"]
 
-RUNS = 50
 STEPS = 50  # in a run, at most
 CROWD = 8  # descriptors open at a time: so few that they meet, and that numbers are used again
 PIECES = 4  # sent and not read; so few that nothing gets full of them
@@ -195,7 +195,8 @@ def operation(
 
         if which:
             arguments["which"] = st.runner().flatmap(lambda machine: st.sampled_from(candidates(machine)))
-        return precondition(applies)(rule(**arguments)(operate))
+        make_rule: Any = rule(**arguments)
+        return precondition(applies)(make_rule(operate))
 
     return decorate
 
@@ -216,6 +217,8 @@ class Operations(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        if currently_in_test_context():
+            note("Operations = muxio.testing.model.machine(make_poller)  # and with it, this goes wrong:")
         self.begin()
         self.handles: list[Handle] = []
         self.table: dict[int, Watch] = {}
@@ -471,8 +474,11 @@ class Operations(RuleBasedStateMachine):
 
 
 def refused(kind: type[Exception], change: Callable[..., object], *arguments: Any) -> None:
-    with pytest.raises(kind):
+    try:
         change(*arguments)
+    except kind:
+        return
+    raise AssertionError(f"{change.__name__}{arguments} was not refused with {kind.__name__}")
 
 
 def is_so(handle: Handle) -> bool:
@@ -482,10 +488,18 @@ def is_so(handle: Handle) -> bool:
     return not handle.file.must() & ~seen and not seen & ~handle.file.may()
 
 
+def machine(
+    make_poller: Callable[[], Any], tells: int = 0, begin: Callable[[], object] = lambda: None
+) -> type[Operations]:
+    """The state machine for one kind of poller; the parameters are those of `any_order`."""
+    attributes = {"make_poller": staticmethod(make_poller), "tells": tells, "begin": staticmethod(begin)}
+    return type("Operations", (Operations,), attributes)
+
+
 def any_order(
-    make_poller: Callable[[], Any], tells: int = 0, runs: int = RUNS, begin: Callable[[], object] = lambda: None
+    make_poller: Callable[[], Any], tells: int = 0, runs: int = 100, begin: Callable[[], object] = lambda: None
 ) -> None:
-    """Hold pollers to their promises in made-up orders of operations; what is wrong comes as the shortest that shows it.
+    """Hold pollers to their promises in made-up orders of operations; say of a wrong one how the shortest order goes.
 
     make_poller: called without arguments, returns a new poller with nothing registered.
     tells: the hints (ERROR, HANGUP, READ_CLOSED) that its facility gives whenever they are true.
@@ -494,16 +508,15 @@ def any_order(
 
     AssertionError, or whatever the poller raised: a promise was broken.
     """
-    attributes = {"make_poller": staticmethod(make_poller), "tells": tells, "begin": staticmethod(begin)}
-    machine = type("Operations", (Operations,), attributes)
     run_state_machine_as_test(
-        machine,
+        machine(make_poller, tells, begin),
         settings=settings(
             max_examples=runs,
             stateful_step_count=STEPS,
             deadline=None,
             database=None,
             print_blob=True,
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )
