@@ -326,6 +326,7 @@ class kqueue:
 
     def _harvest(self, room: int) -> list[kevent]:
         events: list[kevent] = []
+        haunted = False
         self._turns.rotate(-1)  # so that a busy filter starves no other
         for filter in self._turns:
             if len(events) == room:
@@ -339,8 +340,11 @@ class kqueue:
                 knote = knotes.get(ident)
                 if knote is None or _identity(ident) != knote.file:
                     self._vanish(filter, ident)
+                    haunted = True
                 else:
                     events.append(self._deliver(knote, ready))
+        if haunted and not events:  # what is gone may have taken the only place
+            return self._harvest(room)
         return events
 
     def _deliver(self, knote: _Knote, ready: int) -> kevent:
