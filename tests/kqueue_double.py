@@ -326,7 +326,6 @@ class kqueue:
 
     def _harvest(self, room: int) -> list[kevent]:
         events: list[kevent] = []
-        haunted = False
         self._turns.rotate(-1)  # so that a busy filter starves no other
         for filter in self._turns:
             if len(events) == room:
@@ -336,16 +335,17 @@ class kqueue:
                 users = [knote for knote in knotes.values() if knote.triggered and knote.enabled]
                 events += [self._deliver(knote, 0) for knote in users[:left]]
                 continue
-            for ident, ready in self._inner[filter].poll(0, left):
-                knote = knotes.get(ident)
-                if knote is None or _identity(ident) != knote.file:
+            found = self._inner[filter].poll(0, left)
+            while gone := [ident for ident, _ in found if self._is_gone(filter, ident)]:
+                for ident in gone:
                     self._vanish(filter, ident)
-                    haunted = True
-                else:
-                    events.append(self._deliver(knote, ready))
-        if haunted and not events:  # what is gone may have taken the only place
-            return self._harvest(room)
+                found = self._inner[filter].poll(0, left)  # again: they have taken others' places
+            events += [self._deliver(knotes[ident], ready) for ident, ready in found]
         return events
+
+    def _is_gone(self, filter: int, ident: int) -> bool:
+        knote = self._knotes[filter].get(ident)
+        return knote is None or _identity(ident) != knote.file
 
     def _deliver(self, knote: _Knote, ready: int) -> kevent:
         flags = knote.flags if self._flavour.returns_change_flags else knote.flags & ~_CHANGE_ONLY

@@ -124,6 +124,10 @@ class Watch:
     fresh: int = ALL
     owed: int = ALL
 
+    def tells_changes(self) -> bool:
+        """EDGE; what is watched for its end alone tells that once, in any mode."""
+        return bool(self.events & EDGE and self.events & BOTH)
+
     def arm(self, events: int) -> None:
         self.events, self.armed, self.fresh, self.owed = events, True, ALL, ALL
 
@@ -150,9 +154,10 @@ class Watch:
         """It was reported. ONESHOT rests then, EDGE says nothing twice, nor does what is watched for its end alone."""
         if self.events & ONESHOT or not files:
             self.armed = False
-        if self.events & EDGE:
-            self.fresh &= ~events
+        if self.tells_changes():
             self.owed &= ~events
+            if not events & ENDS:  # else either of kqueue's two filters says all that was asked for, in its turn
+                self.fresh &= ~events
         if not self.events & BOTH:
             self.fresh &= ~events
             self.owed = 0
@@ -315,7 +320,7 @@ class Operations(RuleBasedStateMachine):
     def happened(self, file: File, news: int) -> None:
         """Something was done to a file or its peer. EDGE has to tell the news, and may tell all, of both."""
         for watch in self.table.values():
-            if watch.events & EDGE and watch.handle.file in (file, file.peer):
+            if watch.tells_changes() and watch.handle.file in (file, file.peer):
                 watch.fresh = ALL
                 watch.owed |= news if watch.handle.file is file else 0
         for handle in self.handles:
@@ -325,7 +330,7 @@ class Operations(RuleBasedStateMachine):
     def stir(self) -> None:
         """What a closed source has left behind is cleared away, for which EDGE may be armed anew."""
         for watch in self.table.values():
-            if watch.events & EDGE:
+            if watch.tells_changes():
                 watch.fresh = ALL
 
     # The poller
@@ -433,7 +438,7 @@ class Operations(RuleBasedStateMachine):
             missing = 0 if haunted and key in said else bits & ~said.get(key, 0)
             assert not missing, f"{key}: {describe(missing)} was not said"
         for watch in watches.values():
-            if watch.events & EDGE and watch.events & BOTH:
+            if watch.tells_changes():
                 watch.fresh = watch.owed = 0
         return set(said)
 
