@@ -455,7 +455,8 @@ class Poller(Generic[Key]):
             return  # the next poll has begun, and the two may not belong together
         if self._places[0] is not raw:
             self._places = raw, {number: place for place, (number, _) in enumerate(raw)}
-        place = self._places[1].get(fd)
+        places = self._places[1]
+        place = places.get(fd) if allowed else places.pop(fd, None)  # what is over is nobody's entry any more
         if place is not None and place < len(batch):
             batch[place] = key, batch[place][1] & allowed
 
@@ -542,7 +543,7 @@ class Poller(Generic[Key]):
                 return batch
             if woken:
                 timeout, deadline = 0, None  # the wake-up took the only place: look for what is ready
-            elif timeout == 0:
+            elif timeout == 0 and len(raw) < max_events:  # else it was nobody's events that took all places
                 return batch
             self._forget_touched()
             if deadline is None:
@@ -580,7 +581,8 @@ class Poller(Generic[Key]):
                     if fd in self._suspect and not events & INVALID:
                         # Twice in one batch: one of the two is the old file's.
                         twice = any(number == fd for number, _ in kept)
-                        events = 0 if twice else facility.verify(fd, events)
+                        wanted = facility.masks[entry[1]] | ERROR | HANGUP
+                        events = 0 if twice else facility.verify(fd, events & wanted)
                         haunted |= not events
                     events = self._report(fd, entry[1], events) if events else 0
                     if events:

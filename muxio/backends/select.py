@@ -65,7 +65,7 @@ class Backend(Facility):
         except OSError as error:
             if error.errno not in (errno.EBADF, getattr(errno, "WSAENOTSOCK", errno.EBADF)):
                 raise
-            return [(fd, INVALID) for fd in {*readers, *writers, *urgent} if _is_closed(fd)]
+            return [(fd, INVALID) for fd in {*readers, *writers, *urgent} if _is_closed(fd)][:max_events]
         ready = dict.fromkeys(readable, READ)
         for fd in writable:
             ready[fd] = ready.get(fd, 0) | WRITE

@@ -1045,6 +1045,15 @@ class PollerConformance:
             missing -= {key for key, _ in poller.poll(DEADLINE, max_events=cap)}
         assert not missing
 
+    def test_max_events_caps_what_was_closed_as_well(self, poller: Poller[Any], stack: ExitStack) -> None:
+        sources = [readable(stack) for _ in range(3)]
+        for source in sources:
+            poller.register(source, READ)
+            source.close()
+        for _ in sources:
+            assert len(poller.poll(0, max_events=1)) <= 1
+        assert poller.poll(0) == []
+
     @pytest.mark.parametrize("cap", [0, -1])
     def test_max_events_below_one_is_a_value_error(self, poller: Poller[Any], pair: Pair, cap: int) -> None:
         poller.register(pair[0], WRITE)
@@ -1086,6 +1095,16 @@ class PollerConformance:
         poller.register(ours, WRITE, key="new")
         assert batch == [("old", 0)]
         assert only(poller) == ("new", WRITE)
+
+    def test_an_entry_stays_its_owners_when_the_number_has_come_and_gone_again(
+        self, poller: Poller[Any], pair: Pair
+    ) -> None:
+        poller.register(pair[0], WRITE, key="old")
+        batch = poller.poll(DEADLINE)
+        poller.unregister(pair[0])
+        poller.register(pair[0], READ, key="new")
+        poller.unregister(pair[0])
+        assert batch == [("old", 0)]
 
     def test_one_batch_two_owners(self, poller: Poller[Any], stack: ExitStack) -> None:
         """A handler closes a later source of its batch, and a new one takes the number."""
@@ -1247,6 +1266,32 @@ class PollerConformance:
         for sock in (pair[1], theirs):
             sock.send(b"x")
         assert poller.poll(DEADLINE) == [("new", READ)]
+
+    def test_the_new_owner_of_a_number_is_told_nothing_that_it_did_not_ask_for(
+        self, poller: Poller[Any], pair: Pair, stack: ExitStack
+    ) -> None:
+        """epoll adds up what it reports of the old file and of the new one."""
+        number = pair[0].fileno()
+        poller.register(pair[0], READ, key="old")
+        stack.enter_context(pair[0].dup())
+        pair[0].close()
+        poller.unregister(pair[0])
+        ours, theirs = take_number(number, stack)
+        theirs.shutdown(socket.SHUT_WR)
+        pair[1].close()
+        poller.register(ours, WRITE, key="new")
+        assert only(poller) == ("new", WRITE)
+
+    def test_a_file_that_outlived_its_owner_takes_nobodys_place(
+        self, poller: Poller[Any], pair: Pair, stack: ExitStack
+    ) -> None:
+        poller.register(pair[0], READ, key="old")
+        stack.enter_context(pair[0].dup())
+        pair[0].close()
+        pair[1].send(b"x")
+        poller.unregister(pair[0])
+        poller.register(unix_pair(stack)[0], WRITE, key="ready")
+        assert poller.poll(0, max_events=1) == [("ready", WRITE)]
 
     def test_a_taken_number_that_cannot_be_told_free_is_a_key_error(
         self, poller: Poller[Any], pair: Pair, stack: ExitStack
