@@ -62,8 +62,8 @@ class Registration(namedtuple("Registration", ["source", "fd", "events", "key"])
 #: No key was given. (None is a key like any other.)
 _SAME: Any = object()
 
-#: (source, events, key) of a registration.
-_Entry = tuple["Source", int, "Any"]
+#: (source, events, key, fd) of a registration.
+_Entry = tuple["Source", int, "Any", int]
 
 #: Events that say more than a handler has asked for, or of a source that is closed.
 _CARE = ERROR | HANGUP | INVALID
@@ -115,7 +115,7 @@ class Poller(Generic[Key]):
         self._acquire = self._lock.acquire
         self._waiter: dict[None, object] = {}
         self._woken = False
-        #: Number -> (source, events, key).
+        #: Number -> its registration.
         self._table: dict[int, _Entry] = {}
         #: Numbers of registrations that report nothing until `modify`.
         self._disarmed: set[int] = set()
@@ -169,7 +169,7 @@ class Poller(Generic[Key]):
                     facility.add(fd, mask)
                 except FileExistsError:  # left behind by a register() that an exception cut short
                     facility.modify(fd, mask)
-            table[fd] = source, events, key
+            table[fd] = source, events, key, fd
             if self._waiter:
                 self._interrupt(fd)
         finally:
@@ -196,7 +196,7 @@ class Poller(Generic[Key]):
                 fd, entry = self._find(source)
                 if _is_gone(entry[0], fd):
                     raise OSError(errno.EBADF, f"closed while it was registered: {entry[0]!r}")
-            owner, asked, old_key = entry
+            owner, asked, old_key, fd = entry
             try:
                 mask = facility.masks[events]
             except (KeyError, TypeError):
@@ -205,7 +205,7 @@ class Poller(Generic[Key]):
                 raise io.UnsupportedOperation("EXCLUSIVE cannot be modified: unregister, then register")
             if key is _SAME:
                 key = old_key
-            self._table[fd] = owner, events, key
+            self._table[fd] = owner, events, key, fd
             try:
                 facility.modify(fd, mask)
             except BaseException as error:
@@ -262,7 +262,7 @@ class Poller(Generic[Key]):
 
     def registrations(self) -> list[Registration]:
         """All registrations, stale ones too, as named tuples (source, fd, events, key)."""
-        return [Registration(source, fd, events, key) for fd, (source, events, key) in list(self._table.items())]
+        return [Registration(source, fd, events, key) for source, events, key, fd in list(self._table.values())]
 
     def __len__(self) -> int:
         return len(self._table)
@@ -462,7 +462,7 @@ class Poller(Generic[Key]):
 
     def _take_over(self, fd: int, source: Source, mask: int) -> None:
         """Register a number that is taken, if its owner is gone for sure; else KeyError."""
-        owner, _, key = self._table[fd]
+        owner, _, key, _ = self._table[fd]
         gone = owner is not source and _is_gone(owner, fd)
         facility = self._facility
         try:
@@ -516,10 +516,10 @@ class Poller(Generic[Key]):
         pair = self._ready.get(fd)
         if pair is None:
             entry = self._table[fd]
-            _, asked, key = entry
+            _, asked, key, number = entry  # the same, but no other int to keep: 32 bytes a registration
             if asked >= ONESHOT or fd in self._suspect or fd in self._disarmed:
                 raise KeyError(fd)
-            self._ready[fd] = pair = key, READ
+            self._ready[number] = pair = key, READ
             if self._table.get(fd) is not entry:  # changed meanwhile: the next event finds out
                 self._ready.pop(fd, None)
         return pair if events == READ else (pair[0], events)
@@ -624,7 +624,7 @@ class Poller(Generic[Key]):
         masks = self._facility.masks
         self._facility.renew(
             (fd, masks[0 if fd in self._disarmed else events])
-            for fd, (owner, events, _) in self._table.items()
+            for owner, events, _, fd in self._table.values()
             if not _is_gone(owner, fd)
         )
 
@@ -633,7 +633,7 @@ class Poller(Generic[Key]):
         try:
             self._acquire()
             lost = {fd for fd, _ in self._raw} if self._last is not None else ()
-            for fd, (_, events, _) in self._table.items():
+            for _, events, _, fd in self._table.values():
                 if events & EDGE or (events & ONESHOT and (fd in lost or fd not in self._disarmed)):
                     self._disarmed.discard(fd)
                     self._arm(fd)

@@ -83,10 +83,11 @@ _SENDS = (State.OPEN, State.HALF_CLOSED_REMOTE)
 _ENDS_WITH_EOF = (State.HALF_CLOSED_LOCAL, State.CLOSING)  #: once all that is queued is sent
 _ENDING = (State.CLOSING, State.LINGERING, State.FLUSHING, State.CLOSED)
 
-# Who has paused what. Bits of one number, since there are many connections and each field costs them 8 bytes.
-_READING = 1  #: the protocol, receiving
-_HELD = 2  #: the group, which has too much queued, receiving: until our queue is sent
-_WRITING = 4  #: the high-water mark, the protocol's writing
+# Beside the READ and WRITE that the poller watches for, who has paused what. All are bits of one number, since there
+# are many connections and each field costs them 8 bytes.
+_READING = 1 << 8  #: the protocol, receiving
+_HELD = 1 << 9  #: the group, which has too much queued, receiving: until our queue is sent
+_WRITING = 1 << 10  #: the high-water mark, the protocol's writing
 
 # How to receive.
 _NOT = 0
@@ -95,6 +96,14 @@ _INTO_BUFFER = 2  #: the protocol's
 
 Data = bytes | bytearray | memoryview
 AnyProtocol = Protocol | BufferedProtocol
+
+
+class _Queue(bytearray):
+    """Bytes that wait to be sent, and when the peer last took some of them."""
+
+    __slots__ = ("progress",)
+
+    progress: float
 
 
 class Connection:
@@ -107,10 +116,8 @@ class Connection:
         "_active",
         "_deadline",
         "_error",
+        "_flags",
         "_group",
-        "_interest",
-        "_paused",
-        "_progress",
         "_protocol",
         "_queue",
         "_receiving",
@@ -129,9 +136,9 @@ class Connection:
         self.bytes_in = 0
         self.bytes_out = 0
         self.slot: Any = None  # the wheel's
-        #: Times of the loop's clock: when it began, when bytes last came or went, and when the peer last took some of
-        #: the queue. What comes has come before the turn of the loop began, so that `now` is not early for it.
-        self.began = self._active = self._progress = group.loop.now
+        #: Times of the loop's clock: when it began, and when bytes last came or went. What comes has come before the
+        #: turn of the loop began, so that `now` is not early for it.
+        self.began = self._active = group.loop.now
         #: The one that the protocol has set, or that closing has.
         self._deadline = math.inf
         self._group = group
@@ -139,12 +146,11 @@ class Connection:
         self._protocol: Any = protocol
         self._state = State.OPEN
         self._error: Exception | None = None
-        self._queue: bytearray | None = None  # what the kernel has not taken yet; None when that is nothing
+        self._queue: _Queue | None = None  # what the kernel has not taken yet; None when that is nothing
         self._water = _WATER
-        self._paused = 0
+        self._flags = READ  # that is what is watched for, and nobody has paused anything
         # What follows from the state and the pauses, so that the hot path need not find out.
         self._receiving = self._manner()
-        self._interest = READ
         group.loop.poller.register(sock, READ, self)
         group.join(self, self._next_deadline()[0])
 
@@ -278,18 +284,18 @@ class Connection:
         return self._state in _ENDING
 
     def pause_reading(self) -> None:
-        self._paused |= _READING
+        self._flags |= _READING
         self._watch()
 
     def resume_reading(self) -> None:
-        if self._paused & _READING:
-            self._paused &= ~_READING
+        if self._flags & _READING:
+            self._flags &= ~_READING
             self._active = self.loop.time()  # it was we who let the peer wait
             self._group.hasten(self, self._active + self._group.idle)
             self._watch()
 
     def is_reading(self) -> bool:
-        return self._state in _RECEIVES and not self._paused & _READING
+        return self._state in _RECEIVES and not self._flags & _READING
 
     def set_deadline(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
@@ -384,7 +390,7 @@ class Connection:
 
     def _manner(self) -> int:
         """How to receive now."""
-        if self._state not in _RECEIVES or self._paused & (_READING | _HELD):
+        if self._state not in _RECEIVES or self._flags & (_READING | _HELD):
             return _NOT
         return _INTO_BUFFER if isinstance(self._protocol, BufferedProtocol) else _AS_BYTES
 
@@ -394,8 +400,8 @@ class Connection:
         if state is not State.CLOSED:
             self._receiving = self._manner()
             interest = (READ if self._receiving or state in _DISCARDS else 0) | (0 if self._queue is None else WRITE)
-            if interest != self._interest:
-                self._interest = interest
+            if interest != self._flags & (READ | WRITE):
+                self._flags = self._flags & ~(READ | WRITE) | interest
                 self.loop.poller.modify(self._sock, interest)
 
     # Inside: receiving
@@ -447,24 +453,24 @@ class Connection:
         """Keep what the kernel does not take now."""
         group = self._group
         if self._queue is None:
-            self._queue = bytearray(data)
-            self._progress = self.loop.time()
-            group.hasten(self, self._progress + group.write)
+            self._queue = _Queue(data)
+            self._queue.progress = self.loop.time()
+            group.hasten(self, self._queue.progress + group.write)
             self._watch()
             group.buffered += len(self._queue)
         else:
             before = len(self._queue)
             self._queue += data
             group.buffered += len(self._queue) - before
-        if group.buffered > group.most_buffered and not self._paused & _HELD:
-            self._paused |= _HELD
+        if group.buffered > group.most_buffered and not self._flags & _HELD:
+            self._flags |= _HELD
             self._watch()
         self._pause_writing()
 
     def _pause_writing(self) -> None:
         """Tell the protocol if more is queued than it should be."""
-        if not self._paused & _WRITING and self.get_write_buffer_size() > self._water[1]:
-            self._paused |= _WRITING
+        if not self._flags & _WRITING and self.get_write_buffer_size() > self._water[1]:
+            self._flags |= _WRITING
             try:
                 self._protocol.pause_writing()
             except Exception as error:  # here: the caller may be another connection's protocol
@@ -483,16 +489,16 @@ class Connection:
             return
         self.bytes_out += sent
         self._group.buffered -= sent
-        self._active = self._progress = self.loop.time()
+        self._active = queue.progress = self.loop.time()
         del queue[:sent]
         if not queue:
             self._queue = None
-            self._paused &= ~_HELD
+            self._flags &= ~_HELD
             self._group.hasten(self, self._active + self._group.idle)
             self._flushed()
             self._watch()
-        if self._paused & _WRITING and len(queue) <= self._water[0]:
-            self._paused &= ~_WRITING
+        if self._flags & _WRITING and len(queue) <= self._water[0]:
+            self._flags &= ~_WRITING
             if self._state is not State.CLOSED:
                 self._protocol.resume_writing()
 
@@ -514,8 +520,8 @@ class Connection:
             (self.began + group.lifetime, f"connected for {group.lifetime:g} s"),
         ]
         if self._queue is not None:
-            deadlines.append((self._progress + group.write, f"nothing was taken for {group.write:g} s"))
-        elif not self._paused & _READING:
+            deadlines.append((self._queue.progress + group.write, f"nothing was taken for {group.write:g} s"))
+        elif not self._flags & _READING:
             deadlines.append((self._active + group.idle, f"idle for {group.idle:g} s"))
         if not self.bytes_in:
             deadlines.append((self.began + group.first_data, f"no data within {group.first_data:g} s"))
@@ -527,7 +533,7 @@ class Connection:
             return
         logger.debug("%r: %s", self, reason)
         error = TimeoutError(errno.ETIMEDOUT, reason)
-        stalled = self._queue is not None and self._progress + self._group.write <= self.loop.time()
+        stalled = self._queue is not None and self._queue.progress + self._group.write <= self.loop.time()
         if stalled or self._state in _ENDING:
             self._reset(error)
         else:
