@@ -513,7 +513,7 @@ REGISTRATIONS = [
         "an error changes nothing",
         "poller.py",
         "            if fd in table:",
-        "            if table.setdefault(fd, (source, events, key))[0] is not source:",
+        "            if table.setdefault(fd, (source, events, key, fd))[0] is not source:",
         likely="test_registering_a_closed_descriptor_is_ebadf",
     ),
     Mutation(
