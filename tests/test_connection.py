@@ -384,6 +384,7 @@ def test_closing_another_connection_counts_within_the_same_batch(loop: Loop, con
         connection, peer = connect(protocol)
         connections.append(connection)
         peer.sendall(b"x")
+        peer.shutdown(socket.SHUT_WR)  # which the connections wait for when they close
     run_until(loop, lambda: protocols[0].errors and protocols[1].errors)
     assert sorted(len(protocol.received) for protocol in protocols) == [0, 1]
 
@@ -572,6 +573,7 @@ def test_close_sends_what_is_queued(loop: Loop, connect: Connect) -> None:
     connection.write(b"too late")
     assert protocol.errors == []
     assert read_until_eof(loop, peer) == written
+    peer.close()
     run_until(loop, lambda: protocol.errors == [None])
 
 
@@ -652,6 +654,7 @@ def test_a_producer_may_write_on_from_inside_resume_writing(loop: Loop, connect:
     protocol = Producer()
     _, peer = connect(protocol)
     assert read_until_eof(loop, peer) == protocol.written
+    peer.close()
     run_until(loop, lambda: protocol.errors == [None])
     assert protocol.calls == ["connection_made", *["pause_writing", "resume_writing"] * rounds, "connection_lost"]
 
