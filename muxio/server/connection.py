@@ -8,8 +8,8 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from muxio.events import READ, WRITE
 from muxio.server.group import Group
@@ -18,6 +18,8 @@ from muxio.server.sockets import reset_on_close
 
 if TYPE_CHECKING:
     from muxio.server.loop import Loop
+
+T = TypeVar("T")
 
 logger = logging.getLogger("muxio.server")
 
@@ -255,12 +257,8 @@ class Connection:
             self.write(b"".join(pieces))
         elif self._may_write():
             gathered = list(pieces)
-            try:
-                sent = self._sock.sendmsg(gathered[:_PIECES])
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._lose(error)
+            sent = self._attempt(self._sock.sendmsg, gathered[:_PIECES]) or 0
+            if self._state is State.CLOSED:
                 return
             self.bytes_out += sent
             self._active = self.loop.now
@@ -378,6 +376,16 @@ class Connection:
         self._sock.close()
         self.loop.call_soon(self._tell_lost)
 
+    def _attempt(self, call: Callable[..., T], *arguments: Any) -> T | None:
+        """What a call of the socket returns. None if it would block, or has failed, which loses the connection."""
+        try:
+            return call(*arguments)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(error)
+        return None
+
     def _socket_error(self) -> OSError | None:
         number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return OSError(number, os.strerror(number)) if number else None
@@ -410,12 +418,8 @@ class Connection:
         buffer = self._protocol.get_buffer(-1)
         if not len(buffer):
             raise RuntimeError("get_buffer() returned an empty buffer")
-        try:
-            received = self._sock.recv_into(buffer)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lose(error)
+        received = self._attempt(self._sock.recv_into, buffer)
+        if received is None:
             return
         if received:
             self.bytes_in += received
@@ -432,14 +436,7 @@ class Connection:
 
     def _discard(self) -> None:
         """Throw away what comes while we are closing."""
-        try:
-            data = self._sock.recv(RECEIVE_SIZE)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lose(error)
-            return
-        if not data:
+        if self._attempt(self._sock.recv, RECEIVE_SIZE) == b"":
             self._move(Event.PEER_EOF)
 
     # Inside: sending
@@ -480,12 +477,8 @@ class Connection:
         """Send of the queue what the kernel takes."""
         queue = self._queue
         assert queue is not None
-        try:
-            sent = self._sock.send(queue)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lose(error)
+        sent = self._attempt(self._sock.send, queue)
+        if sent is None:
             return
         self.bytes_out += sent
         self._group.buffered -= sent
