@@ -55,6 +55,10 @@ class Bench:
             self.clock.now = min(end, self.clock.now + TICK)
             run_turns(self.loop, 3)
 
+    def pass_by(self, seconds: float) -> None:
+        """Hold up the loop for so long, from inside of it."""
+        self.clock.now += seconds
+
     def turn(self) -> None:
         run_turns(self.loop, 5)
 
@@ -176,6 +180,38 @@ def test_a_peer_is_not_idle_while_we_do_not_read(bench: Bench) -> None:
     lives_for(bench, 10)
 
 
+@only(first_data=10)
+def test_the_first_byte_is_not_waited_for_while_we_do_not_read(bench: Bench) -> None:
+    bench.connection.pause_reading()
+    bench.pass_time(100)
+    bench.peer_sends()
+    bench.connection.resume_reading()
+    wait_until(lambda: bench.turned().bytes_in)
+    bench.pass_time(100)
+    assert not bench.connection.is_closing()
+
+
+@only(idle=10)
+def test_who_has_sent_all_is_not_idle_while_we_think(bench: Bench) -> None:
+    bench.protocol.eof_received = lambda: True  # type: ignore[method-assign]
+    bench.peer.shutdown(socket.SHUT_WR)
+    wait_until(lambda: bench.turned().state is State.HALF_CLOSED_REMOTE)
+    bench.pass_time(100)
+    assert not bench.connection.is_closing()
+
+
+@pytest.mark.parametrize("bench", [{"idle": 1, "first_data": 1}], indirect=True, ids=["idle+first_data"])
+def test_a_peer_does_not_pay_for_a_callback_that_holds_up_the_loop(bench: Bench) -> None:
+    bench.loop.call_soon(bench.pass_by, 5.0)
+    bench.turn()
+    bench.pass_time(1 - TICK)
+    assert not bench.connection.is_closing()
+    bench.peer_sends()
+    bench.loop.call_soon(bench.pass_by, 5.0)
+    bench.turn()
+    lives_for(bench, 1)
+
+
 @only(write=10)
 def test_who_takes_nothing_is_reset(bench: Bench) -> None:
     bench.pass_time(100)
@@ -236,6 +272,18 @@ def test_a_close_that_cannot_flush_resets(bench: Bench) -> None:
     assert bench.is_in(State.CLOSED)
     assert bench.peer_sees_reset()
     assert "10 s after close()" in str(end(bench))
+
+
+@only(close=10)
+def test_what_is_queued_when_both_sides_have_ended_has_a_deadline_too(bench: Bench) -> None:
+    bench.protocol.eof_received = lambda: True  # type: ignore[method-assign]
+    bench.connection.write(MUCH)
+    bench.connection.write_eof()
+    bench.peer.shutdown(socket.SHUT_WR)
+    wait_until(lambda: bench.turned().state is State.FLUSHING)
+    bench.pass_time(10 + TICK)
+    assert bench.is_in(State.CLOSED)
+    assert isinstance(end(bench), TimeoutError)
 
 
 @only(linger=10)
@@ -332,7 +380,7 @@ class Deadlines(RuleBasedStateMachine):
             self.sent = self.bench.connection.bytes_out
             self.progress = self.active = self.now()
         times = [self.began + 30, self.deadline]
-        if not self.heard:
+        if not self.heard and not self.paused:
             times.append(self.began + 7)
         if self.bench.connection.get_write_buffer_size():
             times.append(self.progress + 6)

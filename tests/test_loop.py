@@ -235,6 +235,22 @@ def test_a_timer_may_ask_for_an_earlier_one(loop: Loop) -> None:
     assert made == ["earlier"]
 
 
+def test_timers_for_times_that_are_over_starve_nobody(loop: Loop, listener: socket.socket, client: Client) -> None:
+    loop.connect(listener.getsockname(), lambda: client)
+
+    def again() -> None:
+        if client.transport is None:
+            loop.call_at(0.0, again)
+
+    again()
+    run_until(loop, lambda: client.transport is not None)
+
+
+def test_a_time_that_is_no_number_is_refused(loop: Loop) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        loop.call_later(float("nan"), print)
+
+
 def test_cancelled_timers_do_not_pile_up(loop: Loop) -> None:
     kept = [loop.call_later(3600, print) for _ in range(10)]
     for _ in range(1000):

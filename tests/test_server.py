@@ -236,6 +236,31 @@ def test_protocols_hear_of_their_end_after_an_interrupt(backend: str) -> None:
         assert protocol.errors == [None]
 
 
+def test_connections_of_the_loops_own_hear_of_their_end_as_well(backend: str, background: Any) -> None:
+    """A proxy has one on each side."""
+    upstream = Recorder()
+
+    class Proxy(Recorder):
+        def connection_made(self, transport: Transport) -> None:
+            super().connection_made(transport)
+            transport.loop.connect(listener.getsockname(), lambda: upstream)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        server = Server(ANY_PORT, Proxy, backend=backend)
+        with serving(server) as address, connect(address), listener.accept()[0]:
+            wait_until(lambda: upstream.calls)
+            server.shutdown()
+            assert upstream.errors == []
+        assert upstream.errors == [None]
+
+
+def test_shutdown_by_the_thread_that_is_about_to_serve_does_not_wait_for_itself(backend: str) -> None:
+    """As a signal handler may that comes just before or after serve_forever() has taken note of its thread."""
+    with Server(ANY_PORT, EchoProtocol, backend=backend) as server, server._serving:
+        server.shutdown()
+
+
 # Draining
 
 
@@ -594,6 +619,22 @@ def test_accepting_rests_when_the_system_is_exhausted(
         assert time.monotonic() - began >= 2 * ACCEPT_REST
     assert failures == []
     assert caplog.text.count("accepting rests") == 1  # once for as long as it lasts
+
+
+def test_an_error_of_the_listener_itself_does_not_spin(
+    backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[float] = []
+
+    def fail(sock: socket.socket) -> Any:
+        tries.append(time.monotonic())
+        raise OSError(errno.EINVAL, "injected")
+
+    monkeypatch.setattr(socket.socket, "accept", fail)
+    with serving(Server(ANY_PORT, EchoProtocol, backend=backend)) as address, connect(address):
+        wait_until(lambda: len(tries) == 3)
+    assert tries[2] - tries[0] >= 2 * ACCEPT_REST
+    assert caplog.text.count("accepting rests") == 1
 
 
 def test_shutdown_does_not_wait_for_the_rest(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,24 @@ def test_no_more_are_asked_at_once_than_allowed() -> None:
     assert [member.expired for member in members] == [[2.0]] * 10
 
 
+def test_a_check_that_raises_leaves_all_members_where_they_are_asked_again() -> None:
+    wheel: Wheel[Member] = Wheel()
+
+    class Broken(Member):
+        def check(self, now: float) -> float:
+            if now < 2.0:
+                raise RuntimeError("not now")
+            return super().check(now)
+
+    broken = Broken(1.0)
+    wheel.add(broken, 1.0)
+    with pytest.raises(RuntimeError):
+        wheel.turn(1.0, 10)
+    assert list(wheel) == [broken]
+    wheel.turn(5.0, 10)
+    assert broken.expired == [5.0]
+
+
 @pytest.mark.parametrize("change", [Wheel.remove, lambda wheel, member: wheel.hasten(member, 7.0)])
 def test_members_may_leave_and_move_while_they_are_asked(change: Callable[[Wheel[Member], Member], object]) -> None:
     wheel: Wheel[Member] = Wheel()

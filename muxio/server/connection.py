@@ -87,9 +87,9 @@ _ENDING = (State.CLOSING, State.LINGERING, State.FLUSHING, State.CLOSED)
 
 # Beside the READ and WRITE that the poller watches for, who has paused what. All are bits of one number, since there
 # are many connections and each field costs them 8 bytes.
-_READING = 1 << 8  #: the protocol, receiving
+_READING_PAUSED = 1 << 8  #: the protocol, receiving
 _HELD = 1 << 9  #: the group, which has too much queued, receiving: until our queue is sent
-_WRITING = 1 << 10  #: the high-water mark, the protocol's writing
+_WRITING_PAUSED = 1 << 10  #: the high-water mark, the protocol's writing
 
 # How to receive.
 _NOT = 0
@@ -138,8 +138,7 @@ class Connection:
         self.bytes_in = 0
         self.bytes_out = 0
         self.slot: Any = None  # the wheel's
-        #: Times of the loop's clock: when it began, and when bytes last came or went. What comes has come before the
-        #: turn of the loop began, so that `now` is not early for it.
+        #: By the loop's `peer_time`: when it began, and when bytes last came or went.
         self.began = self._active = group.loop.now
         #: The one that the protocol has set, or that closing has.
         self._deadline = math.inf
@@ -152,7 +151,7 @@ class Connection:
         self._water = _WATER
         self._flags = READ  # that is what is watched for, and nobody has paused anything
         # What follows from the state and the pauses, so that the hot path need not find out.
-        self._receiving = self._manner()
+        self._receiving = self._how_to_receive()
         group.loop.poller.register(sock, READ, self)
         group.join(self, self._next_deadline()[0])
 
@@ -282,18 +281,18 @@ class Connection:
         return self._state in _ENDING
 
     def pause_reading(self) -> None:
-        self._flags |= _READING
+        self._flags |= _READING_PAUSED
         self._watch()
 
     def resume_reading(self) -> None:
-        if self._flags & _READING:
-            self._flags &= ~_READING
-            self._active = self.loop.time()  # it was we who let the peer wait
-            self._group.hasten(self, self._active + self._group.idle)
+        if self._flags & _READING_PAUSED:
+            self._flags &= ~_READING_PAUSED
+            self._active = self.loop.peer_time()  # it was we who let the peer wait
             self._watch()
+            self._group.hasten(self, self._next_deadline()[0])
 
     def is_reading(self) -> bool:
-        return self._state in _RECEIVES and not self._flags & _READING
+        return self._state in _RECEIVES and not self._flags & _READING_PAUSED
 
     def set_deadline(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
@@ -330,14 +329,15 @@ class Connection:
 
     def _move(self, event: Event) -> None:
         """Follow the table; where it has no such transition, nothing is to be done."""
-        state = TRANSITIONS.get((self._state, event))
+        before = self._state
+        state = TRANSITIONS.get((before, event))
         if state is None:
             return
         self._state = state
         if state is State.CLOSED:
             self._end()
             return
-        if event is Event.CLOSE:
+        if state in _ENDING and before not in _ENDING:  # by close(), or because both sides have said EOF
             self._set_deadline(self._group.close)
         elif state is State.LINGERING:
             self._set_deadline(self._group.linger)
@@ -387,7 +387,10 @@ class Connection:
         return None
 
     def _socket_error(self) -> OSError | None:
-        number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        try:
+            number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as error:  # the protocol has closed or detached it
+            return error
         return OSError(number, os.strerror(number)) if number else None
 
     def _tell_lost(self) -> None:
@@ -396,9 +399,9 @@ class Connection:
         finally:
             self._group.leave(self, self._error)
 
-    def _manner(self) -> int:
+    def _how_to_receive(self) -> int:
         """How to receive now."""
-        if self._state not in _RECEIVES or self._flags & (_READING | _HELD):
+        if self._state not in _RECEIVES or self._flags & (_READING_PAUSED | _HELD):
             return _NOT
         return _INTO_BUFFER if isinstance(self._protocol, BufferedProtocol) else _AS_BYTES
 
@@ -406,7 +409,7 @@ class Connection:
         """Ask the poller for what there is a use for now."""
         state = self._state
         if state is not State.CLOSED:
-            self._receiving = self._manner()
+            self._receiving = self._how_to_receive()
             interest = (READ if self._receiving or state in _DISCARDS else 0) | (0 if self._queue is None else WRITE)
             if interest != self._flags & (READ | WRITE):
                 self._flags = self._flags & ~(READ | WRITE) | interest
@@ -418,6 +421,8 @@ class Connection:
         buffer = self._protocol.get_buffer(-1)
         if not len(buffer):
             raise RuntimeError("get_buffer() returned an empty buffer")
+        if self._receiving != _INTO_BUFFER:  # paused or closed in there
+            return
         received = self._attempt(self._sock.recv_into, buffer)
         if received is None:
             return
@@ -451,7 +456,7 @@ class Connection:
         group = self._group
         if self._queue is None:
             self._queue = _Queue(data)
-            self._queue.progress = self.loop.time()
+            self._queue.progress = self.loop.peer_time()
             group.hasten(self, self._queue.progress + group.write)
             self._watch()
             group.buffered += len(self._queue)
@@ -466,8 +471,8 @@ class Connection:
 
     def _pause_writing(self) -> None:
         """Tell the protocol if more is queued than it should be."""
-        if not self._flags & _WRITING and self.get_write_buffer_size() > self._water[1]:
-            self._flags |= _WRITING
+        if not self._flags & _WRITING_PAUSED and self.get_write_buffer_size() > self._water[1]:
+            self._flags |= _WRITING_PAUSED
             try:
                 self._protocol.pause_writing()
             except Exception as error:  # here: the caller may be another connection's protocol
@@ -482,7 +487,7 @@ class Connection:
             return
         self.bytes_out += sent
         self._group.buffered -= sent
-        self._active = queue.progress = self.loop.time()
+        self._active = queue.progress = self.loop.peer_time()
         del queue[:sent]
         if not queue:
             self._queue = None
@@ -490,15 +495,15 @@ class Connection:
             self._group.hasten(self, self._active + self._group.idle)
             self._flushed()
             self._watch()
-        if self._flags & _WRITING and len(queue) <= self._water[0]:
-            self._flags &= ~_WRITING
+        if self._flags & _WRITING_PAUSED and len(queue) <= self._water[0]:
+            self._flags &= ~_WRITING_PAUSED
             if self._state is not State.CLOSED:
                 self._protocol.resume_writing()
 
     # Inside: deadlines
 
     def _set_deadline(self, seconds: float) -> None:
-        self._deadline = self.loop.time() + seconds
+        self._deadline = self.loop.peer_time() + seconds
         self._group.hasten(self, self._deadline)
 
     def _next_deadline(self) -> tuple[float, str]:
@@ -514,9 +519,9 @@ class Connection:
         ]
         if self._queue is not None:
             deadlines.append((self._queue.progress + group.write, f"nothing was taken for {group.write:g} s"))
-        elif not self._flags & _READING:
+        elif self._receiving:  # else it is not the peer who is waited for
             deadlines.append((self._active + group.idle, f"idle for {group.idle:g} s"))
-        if not self.bytes_in:
+        if self._receiving and not self.bytes_in:
             deadlines.append((self.began + group.first_data, f"no data within {group.first_data:g} s"))
         return min(deadlines)
 
@@ -526,7 +531,7 @@ class Connection:
             return
         logger.debug("%r: %s", self, reason)
         error = TimeoutError(errno.ETIMEDOUT, reason)
-        stalled = self._queue is not None and self._queue.progress + self._group.write <= self.loop.time()
+        stalled = self._queue is not None and self._queue.progress + self._group.write <= self.loop.peer_time()
         if stalled or self._state in _ENDING:
             self._reset(error)
         else:

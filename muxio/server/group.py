@@ -52,6 +52,8 @@ class Group:
         #: Of connections that are over.
         self.bytes_in = self.bytes_out = 0
         self.timed_out = self.reset = 0
+        #: Odd while a connection is in neither the group nor the sums, and another number afterwards.
+        self.leaving = 0
         self._on_lost = on_lost
         self._wheel: Wheel[Connection] = Wheel()
         self._turning = False
@@ -75,6 +77,7 @@ class Group:
 
     def leave(self, connection: Connection, error: Exception | None) -> None:
         """A connection is over, and its protocol knows."""
+        self.leaving += 1
         self._wheel.remove(connection)
         self.bytes_in += connection.bytes_in
         self.bytes_out += connection.bytes_out
@@ -82,20 +85,25 @@ class Group:
             self.timed_out += 1
         elif isinstance(error, ConnectionError):
             self.reset += 1
+        self.leaving += 1
         if self._on_lost is not None:
             self._on_lost(connection, error)
 
     def _turn(self) -> None:
-        if self._wheel.turn(self.loop.time(), _BATCH):
-            self.loop.call_soon(self._turn)
-        elif len(self._wheel):
-            self._turn_later()
-        else:
-            self._turning = False
+        more = True  # should a check raise
+        try:
+            more = self._wheel.turn(self.loop.peer_time(), _BATCH)
+        finally:
+            if more:
+                self.loop.call_soon(self._turn)
+            elif len(self._wheel):
+                self._turn_later()
+            else:
+                self._turning = False
 
     def _turn_later(self) -> None:
         """When the next slot is due, not a slot's time from now: that would add to what a deadline is late."""
-        self.loop.call_at((self.loop.time() // TICK + 1) * TICK, self._turn)
+        self.loop.call_later(TICK - self.loop.peer_time() % TICK, self._turn)
 
 
 def _or_inf(limit: float | None) -> float:

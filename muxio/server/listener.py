@@ -21,9 +21,10 @@ logger = logging.getLogger("muxio.server")
 #: would starve the connections that stand.
 ACCEPT_BATCH = 64
 
-#: Out of descriptors (of the process, of the system), of buffers or of memory: this lasts, and would be reported
-#: without end, so accepting rests a while. Every other error of accept(2) is that one peer's.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+#: Out of descriptors (of the process, of the system), of buffers or of memory, or the listener itself is no good (shut
+#: down by somebody who shares it): this lasts, and would be reported without end, so accepting rests a while. Every
+#: other error of accept(2) is that one peer's.
+_LASTING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINVAL, errno.EBADF, errno.ENOTSOCK}
 ACCEPT_REST = 0.1  #: seconds
 
 #: How many seconds peers wait while the process has no descriptor left, before they are turned away: refused is better
@@ -68,7 +69,7 @@ class Listener:
             if self._full():
                 self._pause()
                 return
-            if not self._accept() or self._closed:
+            if not self._accept():
                 return
 
     def failed(self, error: Exception) -> None:
@@ -102,9 +103,10 @@ class Listener:
         try:
             sock, peername = self._sock.accept()
         except BlockingIOError:
+            self._exhausted_since = None
             return False
         except OSError as error:
-            if error.errno in _EXHAUSTED:
+            if error.errno in _LASTING:
                 self._run_out(error)
                 return False
             return True
@@ -138,8 +140,7 @@ class Listener:
             logger.warning("accepting rests: %s", error)
         elif error.errno == errno.EMFILE and now - self._exhausted_since >= PATIENCE:
             self._turn_away()
-        if not self._closed:
-            self._pause()
+        self._pause()
 
     def _turn_away(self) -> None:
         """Accept those who wait into the place of the descriptor kept back, and reset them."""

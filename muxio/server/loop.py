@@ -25,6 +25,9 @@ logger = logging.getLogger("muxio.server")
 
 _TICK = 0.001  #: seconds; how coarse `Loop.now` is
 
+#: Seconds from which on a turn of the loop has held up everybody.
+_HELD_UP = 0.05
+
 
 class Handler(Interface):
     """What is registered with the loop's poller, as the key: somebody who is told."""
@@ -109,9 +112,11 @@ class Loop:
         self.poller: Poller[Handler] = Poller(backend)
         #: The loop's clock: ``time()`` is in seconds.
         self.time = clock
-        #: When this turn of the loop began to hand out events, for who wants to remember that. One number for all turns
-        #: within a millisecond, and late by no more than that: numbers of their own would cost 32 bytes a connection.
+        #: `peer_time` when this turn of the loop began to hand out events, for who wants to remember that. One number
+        #: for all turns within a millisecond, and late by no more: one each would cost 32 bytes a connection.
         self.now = clock()
+        self._turn_began = self.now
+        self._held_up = 0.0
         #: How many seconds late the last timer was: about how long one turn lets the others wait.
         self.lag = 0.0
         #: The connections that `connect` made.
@@ -122,6 +127,13 @@ class Loop:
         self._order = itertools.count()
         self._stopping = False
         self._signals: _SignalChannel | None = None
+
+    def peer_time(self) -> float:
+        """The time by which peers are judged: when this turn began, less what callbacks have held up the loop.
+
+        What a peer sent meanwhile was not received, and that is not its fault.
+        """
+        return self._turn_began - self._held_up
 
     def call_soon(self, function: Callable[..., object], *arguments: Any) -> Handle:
         """Call a function at the next turn of the loop, in the order of asking."""
@@ -141,6 +153,8 @@ class Loop:
 
     def call_at(self, when: float, function: Callable[..., object], *arguments: Any) -> Handle:
         """Call a function when `time()` says `when`. Calls for one time come in the order of asking."""
+        if when != when:
+            raise ValueError("a time is a number, not NaN")
         timer = Timer(self, function, arguments)
         heapq.heappush(self._timers, (when, next(self._order), timer))
         return timer
@@ -167,19 +181,23 @@ class Loop:
         """Serve until `stop`."""
         self._stopping = False
         poll, clock = self.poller.poll, self.time
+        now = clock()
         while not self._stopping:
             # A turn: wait, hand out events, make the calls that are due and those that were asked for.
             timeout = None
+            before = clock()
+            if before - now > _HELD_UP:
+                self._held_up += before - now
             if self._soon:
                 timeout = 0.0
             elif self._timers:
-                timeout = self._timers[0][0] - clock()
+                timeout = self._timers[0][0] - before
                 if timeout < 0.0:
                     timeout = 0.0
             batch = poll(timeout)
-            now = clock()
-            if now > self.now:
-                self.now = now + _TICK
+            self._turn_began = now = clock()
+            if now - self._held_up > self.now:
+                self.now = now - self._held_up + _TICK
             for handler, events in batch:
                 if events:
                     try:
@@ -218,7 +236,8 @@ class Loop:
     def _run_timers(self, now: float) -> None:
         """Make the calls whose times had come when the turn began."""
         self.lag = now - self._timers[0][0]
-        while self._timers and self._timers[0][0] <= now:
+        newest = next(self._order)  # who asks meanwhile for a time that is over waits a turn as well
+        while self._timers and self._timers[0][0] <= now and self._timers[0][1] < newest:
             timer = heapq.heappop(self._timers)[2]
             if timer.cancelled():
                 self._cancelled -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -132,7 +133,8 @@ def _stop_signals(server: Server | ThreadedServer, drain: float, say: Callable[[
 
     def tell() -> None:
         if isinstance(server, Server) and (standing := server.stats().connections):
-            say(f"stopping: {standing:,} connected, who get {drain:g} s; again, and they are cut at once")
+            patient = "as long as they take" if drain == math.inf else f"{drain:g} s"
+            say(f"stopping: {standing:,} connected, who get {patient}; again, and they are cut at once")
 
     wakeup_fd = signal.set_wakeup_fd(server.wakeup_fd(), warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -140,5 +142,5 @@ def _stop_signals(server: Server | ThreadedServer, drain: float, say: Callable[[
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
         signal.set_wakeup_fd(wakeup_fd)

@@ -21,6 +21,9 @@ from muxio.server.sockets import Address, listen, reset_on_close
 
 logger = logging.getLogger("muxio.server")
 
+#: How often `stats` looks again when connections end in the middle of it.
+_LOOKS = 10
+
 
 class Stats(NamedTuple):
     """What a server has done so far, and what it is at."""
@@ -79,8 +82,14 @@ class Server:
     ) -> None:
         self._limits = limits or Limits()
         self.loop = Loop(backend)
+        self._group = Group(self.loop, timeouts, self._limits.buffered, self._ended)
         try:
             sock = listen(address, backlog)
+            try:
+                self._listener = Listener(self.loop, sock, self._welcome, self._is_full)
+            except BaseException:
+                sock.close()
+                raise
         except BaseException:
             self.loop.close()
             raise
@@ -88,15 +97,13 @@ class Server:
         self._factory = factory
         self._report = report
         self._backlog = backlog
-        self._group = Group(self.loop, timeouts, self._limits.buffered, self._ended)
-        self._listener = Listener(self.loop, sock, self._welcome, self._is_full)
         self._per_peer: Counter[str] = Counter()  # connections by host, if there is a limit to that
         self._last_host: str | None = None
         self._accepted = self._refused = 0
         self._ended_in_drain = self._cut = 0
         self._stopping = False
         self._closed = False
-        self._serving = threading.Lock()  # held while serve_forever() runs
+        self._serving = threading.RLock()  # held while serve_forever() runs; its own thread never waits for it
         self._thread: int | None = None
 
     def __repr__(self) -> str:
@@ -108,12 +115,18 @@ class Server:
         return self.loop.poller.backend
 
     def stats(self) -> Stats:
-        """What was done so far. From any thread; it costs some tenths of a microsecond for each connection."""
+        """What was done so far. From any thread; it costs some tenths of a microsecond for each connection.
+
+        From another thread than the serving one, the bytes of connections that end just now may be missing.
+        """
         group = self._group
-        bytes_in, bytes_out = group.bytes_in, group.bytes_out
-        for connection in group:
-            bytes_in += connection.bytes_in
-            bytes_out += connection.bytes_out
+        for _ in range(_LOOKS):
+            leaving, bytes_in, bytes_out = group.leaving, group.bytes_in, group.bytes_out
+            for connection in group:
+                bytes_in += connection.bytes_in
+                bytes_out += connection.bytes_out
+            if leaving == group.leaving and not leaving % 2:  # else somebody may be in none of these
+                break
         turned_away = self._listener.turned_away
         return Stats(
             connections=len(group),
@@ -134,7 +147,7 @@ class Server:
 
         RuntimeError: it runs already, or the server was shut down.
         """
-        if not self._serving.acquire(blocking=False):
+        if self._thread == threading.get_ident() or not self._serving.acquire(blocking=False):
             raise RuntimeError("serve_forever() runs already")
         try:
             if self._stopping:
@@ -151,7 +164,8 @@ class Server:
         drain: how many seconds that may take. Peers that wait to be accepted are accepted first, since the kernel
         would reset them. Each protocol is asked by ``draining()``; by default what was received is answered, the
         peer gets EOF, and what it still sends is thrown away until its own EOF. What is left when the time is over is
-        reset, and with 0 everything is, at once. Called again, a shorter time counts.
+        reset, and with 0 everything is, at once. This time counts instead of the time-outs ``close`` and ``linger``.
+        Called again, a shorter time counts.
 
         From any thread; from another than the serving one it waits until `serve_forever` has returned. In the serving
         thread, a signal handler of it included, it returns at once.
@@ -159,9 +173,8 @@ class Server:
         if self._closed:
             return
         self.loop.call_soon_threadsafe(self._stop, drain)
-        if self._thread != threading.get_ident():
-            with self._serving:
-                pass
+        with self._serving:
+            pass
 
     def wakeup_fd(self) -> int:
         """A descriptor for ``signal.set_wakeup_fd``; see `Loop.wakeup_fd`."""
@@ -175,12 +188,17 @@ class Server:
         if self._thread == threading.get_ident():
             raise RuntimeError("close() from inside serve_forever(): call shutdown()")
         self.shutdown()
-        if not self._closed:
-            self._closed = True
-            self._stop(0.0)
-            if len(self._group):
-                self.loop.run()  # serve_forever() ended by an exception: the protocols still hear of their end
-            self.loop.close()
+        with self._serving:
+            if not self._closed:
+                self._closed = True
+                self._stop(0.0)
+                for client in self.loop.clients:
+                    client.abort()
+                # Every protocol hears of its end: those of `Loop.connect`, and all if serve_forever() raised.
+                while len(self._group) or len(self.loop.clients):
+                    self.loop.call_soon(self.loop.stop)
+                    self.loop.run()
+                self.loop.close()
 
     def __enter__(self) -> Server:
         return self
@@ -224,7 +242,7 @@ class Server:
                 del self._per_peer[host]
         self._listener.resume()
         if self._report is not None:
-            seconds = max(0.0, self.loop.time() - connection.began)
+            seconds = max(0.0, self.loop.peer_time() - connection.began)
             report = ConnectionReport(connection.peername, connection.bytes_in, connection.bytes_out, seconds, error)
             try:
                 self._report(report)
@@ -236,6 +254,8 @@ class Server:
                 self.loop.stop()
 
     def _stop(self, drain: float) -> None:
+        if drain > 0:
+            self.loop.call_later(drain, self._cut_off)
         if not self._stopping:
             self._stopping = True
             self._listener.close(self._backlog if drain > 0 else 0)
@@ -243,9 +263,7 @@ class Server:
                 self._group.close = self._group.linger = math.inf  # what counts now is the time to drain
                 for connection in list(self._group):
                     connection.drain()
-        if drain > 0:
-            self.loop.call_later(drain, self._cut_off)
-        else:
+        if drain <= 0:
             self._cut_off()
         if not len(self._group):
             self.loop.stop()

@@ -87,7 +87,11 @@ class Wheel(Generic[M]):
                 member.slot = None
                 if not slot:
                     del self._slots[number]
-                self._put(member, member.check(now))
+                when = now + 1.0  # should the check raise: it is asked again, and nobody is forgotten
+                try:
+                    when = member.check(now)
+                finally:
+                    self._put(member, when)
         return False
 
     def _put(self, member: M, when: float) -> None:
