@@ -446,7 +446,9 @@ def _readable(fd: int) -> int:
 def _write_side_is_over(fd: int, ready: int) -> bool:
     if not _is_socket(fd) or ready & select.EPOLLHUP:
         return bool(ready & (select.EPOLLERR | select.EPOLLHUP))
+    blocking = os.get_blocking(fd)
     sock = socket.socket(fileno=fd)
+    os.set_blocking(fd, blocking)  # PyPy's socket(fileno=...) makes it block
     try:
         # epoll does not tell an own shutdown, an empty send() does: EPIPE. Not after an error, which it would take
         # away, and only on streams: it sends nothing there.

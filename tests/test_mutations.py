@@ -72,7 +72,7 @@ def test_a_mutation_that_no_test_notices_is_missed(
 
 def test_tests_that_hang_have_noticed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = replace(HARMLESS, name="hangs", old="    names = [", new="    while events:\n        pass\n    names = [")
-    monkeypatch.setattr(mutate, "TIMEOUT", 5.0)
+    monkeypatch.setattr(mutate, "TIMEOUT", 10.0)
     assert run([hangs], monkeypatch) == 0
     assert capsys.readouterr().out.split()[:3] == ["caught", "hangs", "hang"]
 
