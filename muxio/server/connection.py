@@ -289,7 +289,6 @@ class Connection:
             self._flags &= ~_READING_PAUSED
             self._active = self.loop.peer_time()  # it was we who let the peer wait
             self._watch()
-            self._group.hasten(self, self._next_deadline()[0])
 
     def is_reading(self) -> bool:
         return self._state in _RECEIVES and not self._flags & _READING_PAUSED
@@ -406,7 +405,7 @@ class Connection:
         return _INTO_BUFFER if isinstance(self._protocol, BufferedProtocol) else _AS_BYTES
 
     def _watch(self) -> None:
-        """Ask the poller for what there is a use for now."""
+        """Ask the poller for what there is a use for now. Another use, other deadlines."""
         state = self._state
         if state is not State.CLOSED:
             self._receiving = self._how_to_receive()
@@ -414,6 +413,7 @@ class Connection:
             if interest != self._flags & (READ | WRITE):
                 self._flags = self._flags & ~(READ | WRITE) | interest
                 self.loop.poller.modify(self._sock, interest)
+                self._group.hasten(self, self._next_deadline()[0])
 
     # Inside: receiving
 
@@ -457,7 +457,6 @@ class Connection:
         if self._queue is None:
             self._queue = _Queue(data)
             self._queue.progress = self.loop.peer_time()
-            group.hasten(self, self._queue.progress + group.write)
             self._watch()
             group.buffered += len(self._queue)
         else:
@@ -492,7 +491,6 @@ class Connection:
         if not queue:
             self._queue = None
             self._flags &= ~_HELD
-            self._group.hasten(self, self._active + self._group.idle)
             self._flushed()
             self._watch()
         if self._flags & _WRITING_PAUSED and len(queue) <= self._water[0]:
@@ -512,7 +510,7 @@ class Connection:
             return math.inf, ""
         group = self._group
         if self._state in _ENDING:
-            return self._deadline, f"not all was taken within {group.close:g} s after close()"
+            return self._deadline, f"not all was taken within {group.close:g} s of closing"
         deadlines = [
             (self._deadline, "the protocol's deadline is over"),
             (self.began + group.lifetime, f"connected for {group.lifetime:g} s"),

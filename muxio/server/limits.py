@@ -27,7 +27,7 @@ class Timeouts:
     lifetime: float | None = 86_400.0
     """From accept."""
     close: float | None = 30.0
-    """From ``close()`` until all that is queued is sent."""
+    """From ``close()``, or from when both sides have said that they send no more, until all that is queued is sent."""
     linger: float | None = 5.0
     """From our EOF to the peer's, after ``close()``. Its input is thrown away meanwhile: a socket that is closed with
     unread input resets, and may take what was sent last with it (RFC 1122, section 4.2.2.13)."""
