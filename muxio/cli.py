@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import muxio
 from muxio.backends import NAMES
@@ -25,6 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     """argparse, whose complaints are one line."""
+
+    #: Adds the options that would cost an import, once this is the parser in question.
+    complete: Callable[[_Parser], None] | None = None
+
+    def parse_known_args(self, *arguments: Any, **others: Any) -> Any:
+        complete, self.complete = self.complete, None
+        if complete is not None:
+            complete(self)
+        return super().parse_known_args(*arguments, **others)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help explains)\n")
@@ -53,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     how = serve.add_mutually_exclusive_group()
     how.add_argument("--backend", metavar="NAME", help=f"the facility to wait with: {', '.join(NAMES)}")
     how.add_argument("--threads", action="store_true", help="a thread per connection instead of an event loop")
-    _add_limits(serve)
+    serve.complete = _add_limits
     serve.add_argument("-q", "--quiet", action="store_true", help="no line for each connection")
     commands.add_parser("info", help="tell what works here", description="Tell what works here, and the limits.")
     bench = commands.add_parser("bench", help="measure", description="Measure muxio beside its peers, in turn.")
@@ -90,7 +98,7 @@ _LIMITS = {
 }
 
 
-def _add_limits(serve: argparse.ArgumentParser) -> None:
+def _add_limits(serve: _Parser) -> None:
     from muxio.server.limits import Limits, Timeouts
     from muxio.server.serve import DRAIN
 
@@ -242,6 +250,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from dataclasses import fields
+
     from muxio.bench import echo, poller
     from muxio.bench.report import conduct
 
