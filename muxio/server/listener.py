@@ -94,9 +94,7 @@ class Listener:
                 self._rest = None
             self._loop.poller.unregister(self._sock)
             self._sock.close()
-            if self._reserve is not None:
-                os.close(self._reserve)
-                self._reserve = None
+            self._give_up_reserve()
 
     def _accept(self) -> bool:
         """Accept one peer. Whether there may be more."""
@@ -145,9 +143,7 @@ class Listener:
     def _turn_away(self) -> None:
         """Accept those who wait into the place of the descriptor kept back, and reset them."""
         for _ in range(ACCEPT_BATCH):
-            if self._reserve is not None:
-                os.close(self._reserve)
-                self._reserve = None
+            self._give_up_reserve()
             try:
                 sock, _ = self._sock.accept()
             except OSError:
@@ -158,6 +154,11 @@ class Listener:
                 self.turned_away += 1
             finally:
                 self._keep_reserve()
+
+    def _give_up_reserve(self) -> None:
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
 
     def _keep_reserve(self) -> None:
         try:

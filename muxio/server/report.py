@@ -29,7 +29,7 @@ class ConnectionReport(NamedTuple):
     bytes_out: int
     """Bytes handed to the kernel for the peer; a reset may have thrown some of them away."""
     seconds: float
-    """From accept to close."""
+    """From accept to close; of `Server`, without the time for which callbacks held up its loop."""
     error: Exception | None
     """What ended it; None for an orderly end."""
 

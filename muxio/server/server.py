@@ -211,10 +211,8 @@ class Server:
     # Inside
 
     def _is_full(self) -> bool:
-        limits = self._limits
-        return (limits.connections is not None and len(self._group) >= limits.connections) or (
-            limits.buffered is not None and self._group.buffered > limits.buffered
-        )
+        most, group = self._limits.connections, self._group
+        return (most is not None and len(group) >= most) or group.buffered > group.most_buffered
 
     def _welcome(self, sock: socket.socket, peername: Any) -> None:
         self._accepted += 1

@@ -98,6 +98,16 @@ def take_number(number: int, stack: ExitStack) -> Pair:
     return reborn, theirs
 
 
+def leave_behind(poller: Poller[Any], sock: socket.socket, stack: ExitStack) -> int:
+    """Register a socket, close and unregister it, while a dup keeps its file alive. Returns its number."""
+    number = sock.fileno()
+    poller.register(sock, READ, key="old")
+    stack.enter_context(sock.dup())
+    sock.close()
+    poller.unregister(sock)
+    return number
+
+
 def pipe(stack: ExitStack) -> tuple[io.FileIO, io.FileIO]:
     if sys.platform == "win32":
         pytest.skip("Windows polls sockets only, no pipes")
@@ -1256,12 +1266,7 @@ class PollerConformance:
         self, poller: Poller[Any], pair: Pair, stack: ExitStack
     ) -> None:
         """epoll reports both, and under the same number."""
-        number = pair[0].fileno()
-        poller.register(pair[0], READ, key="old")
-        stack.enter_context(pair[0].dup())
-        pair[0].close()
-        poller.unregister(pair[0])
-        ours, theirs = take_number(number, stack)
+        ours, theirs = take_number(leave_behind(poller, pair[0], stack), stack)
         poller.register(ours, READ, key="new")
         for sock in (pair[1], theirs):
             sock.send(b"x")
@@ -1271,12 +1276,7 @@ class PollerConformance:
         self, poller: Poller[Any], pair: Pair, stack: ExitStack
     ) -> None:
         """epoll adds up what it reports of the old file and of the new one."""
-        number = pair[0].fileno()
-        poller.register(pair[0], READ, key="old")
-        stack.enter_context(pair[0].dup())
-        pair[0].close()
-        poller.unregister(pair[0])
-        ours, theirs = take_number(number, stack)
+        ours, theirs = take_number(leave_behind(poller, pair[0], stack), stack)
         theirs.shutdown(socket.SHUT_WR)
         pair[1].close()
         poller.register(ours, WRITE, key="new")
@@ -1285,11 +1285,8 @@ class PollerConformance:
     def test_a_file_that_outlived_its_owner_takes_nobodys_place(
         self, poller: Poller[Any], pair: Pair, stack: ExitStack
     ) -> None:
-        poller.register(pair[0], READ, key="old")
-        stack.enter_context(pair[0].dup())
-        pair[0].close()
+        leave_behind(poller, pair[0], stack)
         pair[1].send(b"x")
-        poller.unregister(pair[0])
         poller.register(unix_pair(stack)[0], WRITE, key="ready")
         assert poller.poll(0, max_events=1) == [("ready", WRITE)]
 
