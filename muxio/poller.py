@@ -206,16 +206,17 @@ class Poller(Generic[Key]):
             if key is _SAME:
                 key = old_key
             self._table[fd] = owner, events, key, fd
+            if key is not old_key or events >= ONESHOT:
+                self._ready.pop(fd, None)  # before the kernel reports what this asks for: that is for the new key
             try:
                 facility.modify(fd, mask)
             except BaseException as error:
                 self._table[fd] = entry
+                self._ready.pop(fd, None)
                 self._arm(fd)
                 if isinstance(error, FileNotFoundError):
                     raise OSError(errno.EBADF, f"closed while it was registered: {owner!r}") from None
                 raise
-            if key is not old_key or events >= ONESHOT:
-                self._ready.pop(fd, None)
             if self._disarmed:
                 self._disarmed.discard(fd)
             if self._waiter:
@@ -462,21 +463,26 @@ class Poller(Generic[Key]):
 
     def _take_over(self, fd: int, source: Source, mask: int) -> None:
         """Register a number that is taken, if its owner is gone for sure; else KeyError."""
-        owner, _, key, _ = self._table[fd]
+        entry = owner, _, key, _ = self._table[fd]
         gone = owner is not source and _is_gone(owner, fd)
         facility = self._facility
+        del self._table[fd]  # a poll under way that meets the number waits for the lock, until it has its new owner
+        self._ready.pop(fd, None)
         try:
             # epoll knows files, not only numbers: it refuses the number while it is still the same file's.
-            if not gone and not facility.outlives_close:
-                raise FileExistsError
-            facility.add(fd, mask)
-        except FileExistsError:
-            if not gone:
-                raise KeyError(f"descriptor {fd} is registered already, for {owner!r}") from None
-            facility.modify(fd, mask)  # the file lives on under a new object
-        else:
-            self._suspect_leftovers(fd)
-        self._ready.pop(fd, None)
+            try:
+                if not gone and not facility.outlives_close:
+                    raise FileExistsError
+                facility.add(fd, mask)
+            except FileExistsError:
+                if not gone:
+                    raise KeyError(f"descriptor {fd} is registered already, for {owner!r}") from None
+                facility.modify(fd, mask)  # the file lives on under a new object
+            else:
+                self._suspect_leftovers(fd)
+        except BaseException:
+            self._table[fd] = entry
+            raise
         self._disarmed.discard(fd)
         self._correct(fd, key, 0)
 
@@ -513,16 +519,16 @@ class Poller(Generic[Key]):
         """What an event becomes. KeyError if it needs care."""
         if events & _CARE:
             raise KeyError(fd)
-        pair = self._ready.get(fd)
-        if pair is None:
-            entry = self._table[fd]
-            _, asked, key, number = entry  # the same, but no other int to keep: 32 bytes a registration
-            if asked >= ONESHOT or fd in self._suspect or fd in self._disarmed:
-                raise KeyError(fd)
-            self._ready[number] = pair = key, READ
-            if self._table.get(fd) is not entry:  # changed meanwhile: the next event finds out
-                self._ready.pop(fd, None)
-        return pair if events == READ else (pair[0], events)
+        entry = self._table[fd]
+        _, asked, key, number = entry  # the same, but no other int to keep: 32 bytes a registration
+        if asked >= ONESHOT or events & ~(asked | HINTS) or fd in self._suspect or fd in self._disarmed:
+            raise KeyError(fd)
+        if events != READ:
+            return key, events
+        self._ready[number] = pair = key, READ
+        if self._table.get(fd) is not entry:  # changed meanwhile: the next event finds out
+            self._ready.pop(fd, None)
+        return pair
 
     def _take_care(
         self, facility: Facility, raw: list[tuple[int, int]], timeout: float | None, max_events: int

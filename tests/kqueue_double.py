@@ -261,7 +261,7 @@ class kqueue:
         inner = self._inner[knote.filter]
         if not knote.enabled:
             # Out of epoll altogether: even one without interest reports errors and hang-ups, at each call.
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # not in it, or closed by another thread
                 inner.unregister(knote.ident)
             return
         if knote.filter == KQ_FILTER_READ:
@@ -298,10 +298,14 @@ class kqueue:
             os.dup2(fresh.fileno(), inner.fileno(), inheritable=False)
         self._outer.register(inner, select.EPOLLIN)
         for knote in list(knotes.values()):
-            if _identity(knote.ident) != knote.file:
-                del knotes[knote.ident]
-            elif knote.enabled:
-                self._arm(knote)
+            try:
+                if _identity(knote.ident) == knote.file:
+                    if knote.enabled:
+                        self._arm(knote)
+                    continue
+            except OSError:  # another thread closed it just now
+                pass
+            del knotes[knote.ident]
 
     # Events. The lock is held, but for the wait itself.
 
@@ -431,7 +435,10 @@ def _identity(fd: int) -> tuple[int, int] | None:
 
 
 def _is_socket(fd: int) -> bool:
-    return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:  # another thread closed it just now
+        return False
 
 
 def _readable(fd: int) -> int:
@@ -446,8 +453,11 @@ def _readable(fd: int) -> int:
 def _write_side_is_over(fd: int, ready: int) -> bool:
     if not _is_socket(fd) or ready & select.EPOLLHUP:
         return bool(ready & (select.EPOLLERR | select.EPOLLHUP))
-    blocking = os.get_blocking(fd)
-    sock = socket.socket(fileno=fd)
+    try:
+        blocking = os.get_blocking(fd)
+        sock = socket.socket(fileno=fd)
+    except OSError:  # another thread closed it just now
+        return True
     os.set_blocking(fd, blocking)  # PyPy's socket(fileno=...) makes it block
     try:
         # epoll does not tell an own shutdown, an empty send() does: EPIPE. Not after an error, which it would take

@@ -331,6 +331,28 @@ class TestTwoThreads:
         with overtaken(facility, "wait", when, take_over):
             assert poller.poll(0) in ([], [("key", 0)])
 
+    def test_an_event_overtakes_modify(
+        self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket
+    ) -> None:
+        """There was nothing to report for the old key."""
+        said: list[object] = []
+        poller.modify(source, 0)
+        with overtaken(facility, "modify", "after", lambda: said.extend(poller.poll(0))):
+            poller.modify(source, READ, key="new")
+        assert said in ([], [("new", READ)])
+
+    def test_an_event_overtakes_a_new_owner_of_the_number(
+        self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket, stack: ExitStack
+    ) -> None:
+        said: list[object] = []
+        number = source.fileno()
+        source.close()
+        new, peer = take_number(number, stack)
+        peer.send(b"x")
+        with overtaken(facility, "add", "after", lambda: said.extend(poller.poll(0))):
+            poller.register(new, READ, key="new")
+        assert said in ([], [("new", READ)])
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its timers tick every 15 ms")
 @pytest.mark.parametrize("name", muxio.backends())

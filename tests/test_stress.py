@@ -6,6 +6,7 @@ that failed once may need some runs to fail again. MUXIO_STRESS=100 makes the ru
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
@@ -13,17 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import wait_until
 from test_conformance import POLLERS
 from tokens import DEADLINE, Hall
 
+import muxio
 from muxio import EDGE, ONESHOT, READ, WRITE, Poller
+from muxio.events import describe
 from muxio.testing.conformance import needs, readable, until_silent
 
 LENGTH = float(os.environ.get("MUXIO_STRESS", "1"))
@@ -35,11 +39,54 @@ ROUNDS_OF_DOUBLES = 5_000
 WORKERS = 4
 MODES = {"level": [0], "edge": [EDGE], "oneshot": [ONESHOT], "mixed": [0, EDGE, ONESHOT]}
 
-#: How often the interpreter moves on to another thread, in seconds. (Without a GIL they run at the same time anyway.)
-INTERVALS = {"usual": sys.getswitchinterval(), "shortest": 1e-6}
-
 each_backend = pytest.mark.parametrize("backend", POLLERS)
-each_interval = pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS)
+
+
+class Timing(NamedTuple):
+    """How the threads take turns."""
+
+    way: Callable[[], AbstractContextManager[None]]
+    length: float  # how much of a run is enough
+
+
+@contextmanager
+def switching(interval: float) -> Iterator[None]:
+    """The interpreter moves on to another thread so often. (Without a GIL they run at the same time anyway.)"""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(interval)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@contextmanager
+def pausing() -> Iterator[None]:
+    """Threads that start now stop for a moment at any line of the poller, as on a machine that has no time for them."""
+    chance = random.Random()
+
+    def pause(frame: FrameType, *_: object) -> Any:
+        if not frame.f_code.co_filename.startswith(POLLER_FILES):
+            return None
+        if chance.random() < 0.02:
+            time.sleep(chance.choice((0, 0.0001, 0.002)))
+        return pause
+
+    threading.settrace(pause)
+    try:
+        yield
+    finally:
+        threading.settrace(None)
+
+
+POLLER_FILES = tuple(str(Path(muxio.__file__).with_name(name)) for name in ("poller.py", "backends"))
+
+TIMINGS = {
+    "usual": Timing(nullcontext, 1),
+    "shortest": Timing(partial(switching, 1e-6), 1),
+    "pausing": Timing(pausing, 0.04),
+}
+each_timing = pytest.mark.parametrize("timing", TIMINGS.values(), ids=TIMINGS)
 
 
 @pytest.fixture
@@ -51,16 +98,6 @@ def seed() -> str:
 def poller(backend: str) -> Iterator[Poller[Any]]:
     with closing(POLLERS[backend]()) as poller:
         yield poller
-
-
-@contextmanager
-def switching(interval: float) -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(interval)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def together(*functions: Callable[[], object], give_up: Callable[[], object] = lambda: None) -> None:
@@ -91,21 +128,21 @@ def together(*functions: Callable[[], object], give_up: Callable[[], object] = l
 # Events
 
 
-@each_interval
+@each_timing
 @pytest.mark.parametrize("modes", MODES.values(), ids=MODES)
 @each_backend
-def test_no_event_is_lost(poller: Poller[Any], backend: str, modes: list[int], interval: float, seed: str) -> None:
+def test_no_event_is_lost(poller: Poller[Any], backend: str, modes: list[int], timing: Timing, seed: str) -> None:
     supported = [mode for mode in modes if poller.supports(READ | mode)]
     if not supported or (len(modes) > 1 and supported == [0]):
         needs(poller, READ | modes[0])
-    rounds = int(LENGTH * ROUNDS.get(backend, ROUNDS_OF_DOUBLES) / len(MODES) / len(INTERVALS))
+    rounds = int(LENGTH * timing.length * ROUNDS.get(backend, ROUNDS_OF_DOUBLES) / len(MODES) / 2)
     hall = Hall(poller, supported, f"{backend}, seed {seed}")
 
     def work() -> None:
         together(*[partial(hall.guard, hall.work, name, rounds // WORKERS, seed) for name in range(WORKERS)])
         hall.stop()
 
-    with switching(interval):
+    with timing.way():
         together(partial(hall.guard, hall.dispatch, seed), work)
     if hall.failures:
         raise hall.failures[0]
@@ -131,10 +168,10 @@ CHANGES: list[tuple[str, list[int]]] = [
 ]
 
 
-@each_interval
+@each_timing
 @each_backend
 def test_two_threads_that_change_the_same_sources_leave_table_and_kernel_agreeing(
-    poller: Poller[Any], backend: str, interval: float, seed: str
+    poller: Poller[Any], backend: str, timing: Timing, seed: str
 ) -> None:
     """What is registered in the end, and how, shows in what is reported: all sources can be read and written."""
 
@@ -149,9 +186,9 @@ def test_two_threads_that_change_the_same_sources_leave_table_and_kernel_agreein
                 except KeyError:
                     pass  # the other thread was faster
 
-    with ExitStack() as stack, switching(interval):
+    with ExitStack() as stack, timing.way():
         sources = [readable(stack) for _ in range(20)]
-        for number in range(int(LENGTH * 40)):
+        for number in range(math.ceil(LENGTH * timing.length * 40)):
             for place in range(0, len(sources), 2):
                 poller.register(sources[place], READ, (place, None, None))
             together(partial(change, 0, number), partial(change, 1, number))
@@ -164,17 +201,53 @@ def test_two_threads_that_change_the_same_sources_leave_table_and_kernel_agreein
             assert poller.poll(0) == []
 
 
+@each_timing
+@each_backend
+def test_an_event_is_one_that_its_registration_asked_for(
+    poller: Poller[Any], backend: str, timing: Timing, seed: str
+) -> None:
+    """Every key is the events that it was registered with, and all sources can be read and written."""
+    rounds, names = math.ceil(LENGTH * timing.length * 400), range(4)
+    over: list[int] = []
+
+    def change(name: int) -> None:
+        chance = random.Random(f"{seed} {name}")
+        source = sources[name]
+        try:
+            for _ in range(rounds):
+                events = chance.choice((READ, WRITE, READ | WRITE))
+                poller.register(source, events, key=events)
+                for _ in range(chance.randrange(3)):
+                    events = chance.choice((0, READ, WRITE, READ | WRITE, READ | ONESHOT, WRITE | ONESHOT))
+                    poller.modify(source, events, key=events)
+                poller.unregister(source)
+        finally:
+            over.append(name)
+            poller.wake()
+
+    def poll() -> None:
+        while len(over) < len(names):
+            for key, events in poller.poll(DEADLINE):
+                assert not events & ~key, f"{backend}, seed {seed}: {describe(events)} for {describe(key)}"
+
+    with ExitStack() as stack, timing.way():
+        sources = [readable(stack) for _ in names]
+        together(poll, *[partial(change, name) for name in names])
+    assert poller.registrations() == []
+
+
 # Close
 
 
-@each_interval
+@each_timing
 @each_backend
-def test_close_in_the_midst_of_it_all_is_a_runtime_error_everywhere(backend: str, interval: float, seed: str) -> None:
+def test_close_in_the_midst_of_it_all_is_a_runtime_error_everywhere(backend: str, timing: Timing, seed: str) -> None:
     chance = random.Random(seed)
-    with ExitStack() as stack, switching(interval):
+    with ExitStack() as stack, timing.way():
         sources = [readable(stack) for _ in range(3)]
         before = descriptors()
-        pollers = [POLLERS[backend]() for _ in range(int(LENGTH * 20))]  # none is let go before the end
+        number = math.ceil(LENGTH * timing.length * 20)
+        pollers = [POLLERS[backend]() for _ in range(number)]  # none is let go before the end
         for poller in pollers:
             close_in_the_midst(poller, sources, after=chance.randrange(30))
         assert descriptors() == before, f"{backend}, seed {seed}"
@@ -217,13 +290,13 @@ def descriptors() -> int:
 # Wake-ups
 
 
-@each_interval
+@each_timing
 @each_backend
 def test_wake_ups_of_four_threads_coalesce_and_none_is_lost(
-    poller: Poller[Any], backend: str, interval: float, seed: str
+    poller: Poller[Any], backend: str, timing: Timing, seed: str
 ) -> None:
     """Each says what it wants and then wakes; the thread that polls looks at the wishes, and sleeps until all came."""
-    rounds, names = int(LENGTH * 100), range(4)
+    rounds, names = math.ceil(LENGTH * timing.length * 100), range(4)
     wishes = [0 for _ in names]
     answered = threading.Barrier(len(names) + 1)
     polls = 0
@@ -244,7 +317,7 @@ def test_wake_ups_of_four_threads_coalesce_and_none_is_lost(
                 assert time.monotonic() < late, f"{backend}, round {number}: no wake-up; {missing} have not called it"
             answered.wait(2 * DEADLINE)
 
-    with switching(interval):
+    with timing.way():
         late = time.monotonic() + max(DEADLINE, 0.1 * rounds)
         together(poll, *[partial(wake, name) for name in names], give_up=answered.abort)
     assert polls <= rounds * len(names)
