@@ -8,14 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import BACKENDS, Recorder, run_turns, run_until
 
-from muxio.server import Connection, Loop, Transport, connector
+from muxio.server import Connection, Loop, Server, Transport, connector
 
 
 @pytest.fixture(params=BACKENDS)
@@ -402,9 +402,9 @@ def test_an_exception_in_the_loss_of_a_refused_connection_does_not_repeat_it(
     assert "bad end" in caplog.text
 
 
-@pytest.mark.parametrize("turns", [0, 1], ids=["before trying", "while trying"])
-def test_cancel_gives_up(turns: int, loop: Loop, client: Client) -> None:
-    # A listener whose backlog is full answers no more, so that connecting lasts.
+@contextmanager
+def unanswered_address() -> Iterator[Any]:
+    """Of a listener whose backlog is full, so that it answers no more and connecting lasts."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -413,7 +413,13 @@ def test_cancel_gives_up(turns: int, loop: Loop, client: Client) -> None:
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
-        connecting = loop.connect(listener.getsockname(), lambda: client)
+        yield listener.getsockname()
+
+
+@pytest.mark.parametrize("turns", [0, 1], ids=["before trying", "while trying"])
+def test_cancel_gives_up(turns: int, loop: Loop, client: Client) -> None:
+    with unanswered_address() as address:
+        connecting = loop.connect(address, lambda: client)
         if turns:
             run_turns(loop, turns)
         if client.calls:
@@ -424,6 +430,21 @@ def test_cancel_gives_up(turns: int, loop: Loop, client: Client) -> None:
         assert client.calls == ["connection_lost"]
         assert client.errors == [None]
         assert len(loop.poller) == 0
+
+
+def test_a_server_that_closes_gives_up_connecting() -> None:
+    class Stubborn(Recorder):
+        def connection_lost(self, error: Exception | None) -> None:
+            super().connection_lost(error)
+            with pytest.raises(RuntimeError):
+                server.loop.connect(address, Recorder)
+
+    client = Stubborn()
+    with unanswered_address() as address, Server(("127.0.0.1", 0), Recorder) as server:
+        server.loop.connect(address, lambda: client)
+        run_turns(server.loop)
+    assert client.calls == ["connection_lost"]
+    assert client.errors == [None]
 
 
 def test_cancel_does_nothing_once_it_is_decided(loop: Loop, client: Client, listener: socket.socket) -> None:

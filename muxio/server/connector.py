@@ -31,14 +31,13 @@ class Connector:
         self._candidates = resolve(address)
         self._protocol = factory()
         self._sock: socket.socket | None = None
+        loop.connectors.add(self)
         loop.call_soon(self._try_next, None)
 
     def cancel(self) -> None:
         """Stop trying; ``connection_lost(None)`` follows. Once connected, it does nothing."""
         if self._sock is not None or self._candidates:
-            self._discard()
-            self._candidates = []
-            self._loop.call_soon(self._protocol.connection_lost, None)
+            self._give_up(None)
 
     def ready(self, events: int) -> None:
         """The kernel has made up its mind."""
@@ -54,14 +53,13 @@ class Connector:
             self._try_next(error)
             return
         self._sock, self._candidates = None, []
+        self._loop.connectors.discard(self)
         self._loop.poller.unregister(sock)
         Connection(self._loop.clients, sock, peername, self._protocol).start()
 
     def failed(self, error: Exception) -> None:
         """An exception in here, which the loop caught."""
-        self._discard()
-        self._candidates = []
-        self._loop.call_soon(self._protocol.connection_lost, error)
+        self._give_up(error)
 
     def _try_next(self, error: OSError | None) -> None:
         if self._candidates:
@@ -77,7 +75,13 @@ class Connector:
                 self._discard()
                 self._try_next(trouble)
         elif error is not None:
-            self._loop.call_soon(self._protocol.connection_lost, error)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception | None) -> None:
+        self._discard()
+        self._candidates = []
+        self._loop.connectors.discard(self)
+        self._loop.call_soon(self._protocol.connection_lost, error)
 
     def _discard(self) -> None:
         if self._sock is not None:

@@ -149,9 +149,9 @@ class Listener:
             except OSError:
                 return
             else:
+                self.turned_away += 1  # before the peer can know
                 reset_on_close(sock)
                 sock.close()
-                self.turned_away += 1
             finally:
                 self._keep_reserve()
 

@@ -121,6 +121,9 @@ class Loop:
         self.lag = 0.0
         #: The connections that `connect` made.
         self.clients = Group(self, Timeouts(first_data=None, idle=None, lifetime=None))
+        #: Those that `connect` has not made yet.
+        self.connectors: set[Connector] = set()
+        self._ends_clients = False
         self._soon: deque[Handle] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._cancelled = 0  # of the timers
@@ -174,8 +177,24 @@ class Loop:
         ``connection_lost(error)`` if it does not come to that. Returns an object whose ``cancel`` gives up trying.
 
         OSError: a host name that does not resolve. Looking a name up may block; a numeric address does not.
+        RuntimeError: the server whose loop this is closes.
         """
+        if self._ends_clients:
+            raise RuntimeError("the loop is about to be closed, and connects no more")
         return Connector(self, address, factory)
+
+    def end_clients(self) -> None:
+        """Reset the connections that `connect` made, give up those that it has not made yet, and make no more."""
+        self._ends_clients = True
+        for connector in list(self.connectors):
+            connector.cancel()
+        for client in self.clients:
+            client.abort()
+
+    def run_once(self) -> None:
+        """Run one turn that does not wait."""
+        self.call_soon(self.stop)
+        self.run()
 
     def run(self) -> None:
         """Serve until `stop`."""

@@ -192,12 +192,11 @@ class Server:
             if not self._closed:
                 self._closed = True
                 self._stop(0.0)
-                for client in self.loop.clients:
-                    client.abort()
+                self.loop.end_clients()
                 # Every protocol hears of its end: those of `Loop.connect`, and all if serve_forever() raised.
+                self.loop.run_once()
                 while len(self._group) or len(self.loop.clients):
-                    self.loop.call_soon(self.loop.stop)
-                    self.loop.run()
+                    self.loop.run_once()
                 self.loop.close()
 
     def __enter__(self) -> Server:
