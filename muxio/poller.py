@@ -571,6 +571,8 @@ class Poller(Generic[Key]):
             self._acquire()
             if self._facility is not facility:
                 raise RuntimeError("the poller was closed while this thread waited in it")
+            self._raw = raw  # should an exception come between, all of them are armed anew
+            self._last = batch
             for fd, events in raw:
                 entry = self._table.get(fd)
                 if fd == facility.wake_fd:
@@ -595,7 +597,6 @@ class Poller(Generic[Key]):
                         kept.append((fd, events))
                         batch.append((entry[2], events))
             self._raw = kept
-            self._last = batch
             if haunted:
                 self._renew()
         finally:

@@ -264,6 +264,28 @@ def test_an_exception_out_of_a_wait_repeats_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", muxio.backends())
+def test_an_exception_in_the_midst_of_a_batch_loses_none_of_it(name: str) -> None:
+    facility: Any = changeable(name)
+    poller: muxio.Poller[Any] = muxio.Poller(facility)
+    disarm, disarmed = facility.disarm, []
+
+    def interrupt(*arguments: Any) -> None:
+        disarm(*arguments)
+        disarmed.append(arguments)
+        if len(disarmed) == 2:
+            raise KeyboardInterrupt
+
+    with poller, ExitStack() as stack:
+        for key in range(3):
+            poller.register(readable(stack), READ | ONESHOT, key=key)
+        facility.disarm = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            poller.poll(10)
+        assert sorted(poller.poll(10)) == [(key, READ) for key in range(3)]
+        assert poller.poll(0) == []
+
+
+@pytest.mark.parametrize("name", muxio.backends())
 class TestTwoThreads:
     """A change overtakes what another thread does: all is then as if one had come after the other."""
 
