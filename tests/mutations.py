@@ -562,7 +562,7 @@ REGISTRATIONS = [
         "poller.py",
         "            if key is not old_key or events >= ONESHOT:",
         "            if events >= ONESHOT:",
-        likely="test_modify_changes_the_key_if_one_is_given",
+        tests=(BACKENDS,),
     ),
     Mutation(
         "modify-to-oneshot-stays-plain",
@@ -571,7 +571,7 @@ REGISTRATIONS = [
         "            if key is not old_key or events >= ONESHOT:",
         "            if key is not old_key:",
         on="poll",
-        likely="test_modify_changes_the_mode",
+        tests=(BACKENDS,),
     ),
     Mutation(
         "a-failed-modify-is-not-taken-back",

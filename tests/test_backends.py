@@ -312,6 +312,13 @@ class TestTwoThreads:
         assert poller.poll(10) == [("key", READ)]
         return source
 
+    def test_modify_changes_what_was_reported_before(self, poller: muxio.Poller[Any], source: socket.socket) -> None:
+        poller.modify(source, READ, key="new")
+        assert poller.poll(10) == [("new", READ)]
+        poller.modify(source, READ | ONESHOT)
+        assert poller.poll(0) == [("new", READ)]
+        assert poller.poll(0) == []
+
     def test_modify_overtakes_modify(
         self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket
     ) -> None:
