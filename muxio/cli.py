@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -14,9 +15,15 @@ from muxio.quantities import count, or_none, seconds
 
 DEFAULT_ADDRESS = "127.0.0.1:8007"
 
+#: Exit statuses beside 0 and argparse's 2.
+FAILED, CUT = 1, 3
+
+#: More workers than this are a slip of the finger.
+MOST_WORKERS = 1024
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 2 for bad input (told in one line on stderr); `bench` has more."""
+    """Run a command; returns its exit status: 0, 2 for bad input (one line on stderr); --help tells of others."""
     options = _parser().parse_args(arguments)
     command = {"serve": _serve, "info": _info, "bench": _bench}[options.command]
     return command(options)
@@ -46,23 +53,50 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="run the echo server",
         description="Run the echo server until Ctrl-C or SIGTERM. A first one lets clients take what was received "
-        "from them (see --drain); a second one stops at once.",
+        "from them (see --drain); a second one stops at once. SIGHUP replaces the workers without refusing anybody, "
+        "SIGUSR1 tells the statistics once.",
         epilog="SECONDS as in 90, 1.5, 5m or 24h, N as in 500 or 64k; 'none' means no limit.    "
-        "examples:  muxio serve            muxio serve :8007 --backend poll            muxio serve [::1]:0 --idle 5m",
+        "examples:  muxio serve            muxio serve :8007 --backend poll            muxio serve [::1]:0 --idle 5m"
+        "            muxio serve unix:/run/echo.sock --workers 2 --live    "
+        "exit status: 0 if all clients came to their end, 3 if some were cut when the time to drain was over, "
+        "1 if the workers did not start, 2 for bad input",
     )
     serve.add_argument(
         "address",
         nargs="?",
-        default=DEFAULT_ADDRESS,
-        metavar="HOST:PORT",
+        metavar="ADDRESS",
         type=_address,
-        help=f"where to listen (default: {DEFAULT_ADDRESS}); no host means every interface, port 0 any free port",
+        help="where to listen: HOST:PORT, where no host means every interface and port 0 any free port; unix:PATH, or "
+        "unix:@NAME for Linux's abstract names; or fd:N, a socket that was inherited under that number (default: the "
+        f"socket that a service manager hands over, else {DEFAULT_ADDRESS})",
     )
     how = serve.add_mutually_exclusive_group()
     how.add_argument("--backend", metavar="NAME", help=f"the facility to wait with: {', '.join(NAMES)}")
     how.add_argument("--threads", action="store_true", help="a thread per connection instead of an event loop")
     serve.complete = _add_limits
+    serve.add_argument(
+        "--workers",
+        metavar="N",
+        type=_workers,
+        help="so many processes on one port, or auto: one a core; one that dies is replaced",
+    )
+    serve.add_argument(
+        "--worker-threads",
+        action="store_true",
+        help="workers are threads of one process: for a Python without a GIL",
+    )
     serve.add_argument("-q", "--quiet", action="store_true", help="no line for each connection")
+    serve.add_argument(
+        "--live",
+        action="store_true",
+        help="show once a second what goes on: a table on a terminal (with muxio[live]), else a line; implies --quiet",
+    )
+    serve.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="lines for people, or a JSON object each (default: text)",
+    )
     commands.add_parser("info", help="tell what works here", description="Tell what works here, and the limits.")
     bench = commands.add_parser("bench", help="measure", description="Measure muxio beside its peers, in turn.")
     benches = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
@@ -100,7 +134,7 @@ _LIMITS = {
 
 def _add_limits(serve: _Parser) -> None:
     from muxio.server.limits import Limits, Timeouts
-    from muxio.server.serve import DRAIN
+    from muxio.server.serve import DRAIN, RETIRE
 
     group = serve.add_argument_group("time-outs and limits")
     group.add_argument(
@@ -109,6 +143,13 @@ def _add_limits(serve: _Parser) -> None:
         type=lambda text: 0.0 if text == "0" else or_none(seconds)(text),
         default=DRAIN,
         help=f"time that clients get to end after a stop, 0 for none (default: {DRAIN:g})",
+    )
+    group.add_argument(
+        "--retire",
+        metavar="SECONDS",
+        type=or_none(seconds),
+        default=RETIRE,
+        help=f"time that a replaced worker leaves its clients alone before it drains (default: {RETIRE:g})",
     )
     for options, defaults, convert in ((_TIMEOUTS, Timeouts(), seconds), (_LIMITS, Limits(), count)):
         for option, (field, text) in options.items():
@@ -200,9 +241,28 @@ def _runs(text: str) -> int:
     return int(text)
 
 
-def _address(text: str) -> tuple[str, int]:
-    """``HOST:PORT``, ``[IPV6]:PORT``, ``:PORT`` or ``PORT``."""
+def _workers(text: str) -> int:
+    if text == "auto":
+        if sys.platform == "linux":
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_WORKERS}, or auto")
+    return int(text)
+
+
+def _address(text: str) -> tuple[str, int] | str | int:
+    """``HOST:PORT``, ``[IPV6]:PORT``, ``:PORT`` or ``PORT``; ``unix:PATH``; ``fd:N``, which is a number here."""
     host, _, port = text.rpartition(":")
+    if host == "fd":
+        if not port.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r}: a descriptor is a number, as in fd:3")
+        return int(port)
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path:
+            raise argparse.ArgumentTypeError(f"{text!r} has no path")
+        return "\0" + path[1:] if path.startswith("@") else path
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
@@ -216,25 +276,42 @@ def _serve(options: argparse.Namespace) -> int:
     from muxio.server.limits import Limits, Timeouts
     from muxio.server.report import format_address
     from muxio.server.serve import serve
+    from muxio.server.sockets import inherited
+    from muxio.server.systemd import listen_fds
 
     given = vars(options)
     timeouts = {field: given[field] for field, _ in _TIMEOUTS.values() if field in given}
     limits = {field: given[field] for field, _ in _LIMITS.values() if field in given}
+    address = options.address
     try:
-        serve(
-            options.address,
+        handed_over = listen_fds()
+        if address is None:
+            if len(handed_over) > 1:
+                raise ValueError(f"{len(handed_over)} sockets were handed over: say which, as in fd:{min(handed_over)}")
+            address = min(handed_over, default=_address(DEFAULT_ADDRESS))
+        summary = serve(
+            inherited(address) if isinstance(address, int) else address,
             backend=options.backend,
             threads=options.threads,
+            workers=options.workers,
+            worker_threads=options.worker_threads,
             quiet=options.quiet,
+            live=options.live,
             drain=math.inf if options.drain is None else options.drain,
+            retire=math.inf if options.retire is None else options.retire,
             timeouts=Timeouts(**timeouts) if timeouts else None,
             limits=Limits(**limits) if limits else None,
+            log_format=options.log_format,
         )
-    except ValueError as error:  # no such backend, or not here
+    except ChildProcessError as error:  # its traceback is on stderr already
+        _complain("serve", str(error))
+        return FAILED
+    except ValueError as error:  # no such backend, or not here; options that exclude each other
         return _complain("serve", str(error))
     except OSError as error:
-        return _complain("serve", f"cannot serve at {format_address(options.address)}: {error.strerror or error}")
-    return 0
+        where = f"fd:{address}" if isinstance(address, int) else format_address(address)
+        return _complain("serve", f"cannot serve at {where}: {error.strerror or error}")
+    return CUT if summary.cut else 0
 
 
 def _complain(command: str, message: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 import re
 import shutil
@@ -12,63 +11,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import BACKENDS, wait_until
+from programs import TIMEOUT, echo, run, serving
 
 import muxio
 from muxio import READ, WRITE
-
-TIMEOUT = 60.0  # seconds after which a test that waits has failed
 
 #: The arguments of every way to serve on this machine.
 WAYS = [["--backend", name] for name in BACKENDS] + [["--threads"]]
 
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way[-1].lstrip("-"))
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals for one process")
-
-
-def muxio_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", "muxio", *arguments]
-
-
-class Served:
-    """A running ``muxio serve`` and what it has said."""
-
-    def __init__(self, process: subprocess.Popen[str], address: tuple[str, int]) -> None:
-        self.process = process
-        self.address = address
-
-    def stop(self, number: int = signal.SIGINT, clients: Sequence[socket.socket] = ()) -> list[str]:
-        """Send a signal and return the lines that came until the end, which has to be in order.
-
-        These clients are connected; they see EOF, and leave.
-        """
-        self.process.send_signal(number)
-        for client in clients:
-            assert client.recv(1) == b""
-            client.close()
-        output, errors = self.process.communicate(timeout=TIMEOUT)
-        assert (self.process.returncode, errors) == (0, "")
-        return output.splitlines()
-
-
-@contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[Served]:
-    command = muxio_command("serve", "127.0.0.1:0", *arguments)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            first = process.stdout.readline()
-            found = re.fullmatch(r"listening on (127\.0\.0\.1):(\d+) \((.+)\); Ctrl-C stops\n", first)
-            assert found, first
-            assert found[3] == ("a thread per connection" if "--threads" in arguments else arguments[1])
-            yield Served(process, (found[1], int(found[2])))
-        finally:
-            if process.poll() is None:
-                process.kill()
 
 
 @contextlib.contextmanager
@@ -79,16 +36,6 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        muxio_command(*arguments),
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
 
 
 def digest(path: Path) -> str:
@@ -201,19 +148,10 @@ def test_quiet_leaves_the_lines_of_connections_out(way: list[str]) -> None:
     with serving(*way, "--quiet") as served:
         for _ in range(3):
             socket.create_connection(served.address, TIMEOUT).close()
-        wait_for_echo(served.address)
+        echo(served.address)
         lines = served.stop()
         assert re.fullmatch(r"4 connections, 2 B in, 2 B out, \d+\.\d s(; \d drained, 0 cut)?", lines[-1])
         assert not any(line.startswith("127.0.0.1") for line in lines)
-
-
-def wait_for_echo(address: tuple[str, int]) -> None:
-    """Be served once: what connected before has been accepted by then."""
-    with socket.create_connection(address, TIMEOUT) as client:
-        client.sendall(b"hi")
-        client.shutdown(socket.SHUT_WR)
-        with client.makefile("rb") as stream:
-            assert stream.read() == b"hi"
 
 
 @pytest.fixture(scope="session")
@@ -297,7 +235,7 @@ def test_a_stopped_client_that_reads_nothing_costs_little_memory_and_gets_everyt
     if sys.platform == "win32" or not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("no /proc to read a process's memory from")
     with serving(*way) as served:
-        wait_for_echo(served.address)
+        echo(served.address)
         before = private_memory(served.process.pid)
         host, port = served.address
         command = [sys.executable, "-c", CLIENT_THAT_DOES_NOT_READ, host, str(port)]
@@ -315,7 +253,7 @@ def test_a_stopped_client_that_reads_nothing_costs_little_memory_and_gets_everyt
             client.send_signal(signal.SIGSTOP)
             wait_until(lambda: queues_at_rest(served.address), TIMEOUT)
             assert private_memory(served.process.pid) - before < 1 << 20
-            wait_for_echo(served.address)
+            echo(served.address)
             client.send_signal(signal.SIGCONT)
             client.stdin.write("read\n")
             client.stdin.flush()
@@ -338,7 +276,7 @@ def test_a_second_signal_does_not_wait_for_a_client_that_does_not_read() -> None
         fill(client)
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not accepts(served.address), TIMEOUT)
-        lines = served.stop(signal.SIGTERM)
+        lines = served.stop(signal.SIGTERM, status=3)
         assert re.search(r", (\d+\.\d) s; \d+ drained, 1 cut$", lines[-1])
         assert float(lines[-1].split(" s;")[0].split()[-1]) < 5.0
 

@@ -192,7 +192,9 @@ class Connection:
                 else:
                     if data:
                         self.bytes_in += len(data)
-                        self._active = self._group.loop.now
+                        group = self._group
+                        group.received += 1
+                        self._active = group.loop.now
                         self._protocol.data_received(data)
                     else:
                         self._receive_eof()
@@ -428,6 +430,7 @@ class Connection:
             return
         if received:
             self.bytes_in += received
+            self._group.received += 1
             self._active = self.loop.now
             self._protocol.buffer_updated(received)
         else:

@@ -51,7 +51,9 @@ class Group:
         self.buffered = 0
         #: Of connections that are over.
         self.bytes_in = self.bytes_out = 0
-        self.timed_out = self.reset = 0
+        self.timed_out = self.reset = self.failed = 0
+        #: How often bytes came, for any of them.
+        self.received = 0
         #: Odd while a connection is in neither the group nor the sums, and another number afterwards.
         self.leaving = 0
         self._on_lost = on_lost
@@ -85,6 +87,8 @@ class Group:
             self.timed_out += 1
         elif isinstance(error, ConnectionError):
             self.reset += 1
+        elif error is not None:
+            self.failed += 1
         self.leaving += 1
         if self._on_lost is not None:
             self._on_lost(connection, error)

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from muxio.events import READ
+from muxio.events import EXCLUSIVE, READ
 from muxio.server.sockets import reset_on_close
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Listener:
     welcome: called with each accepted, non-blocking socket and its peer's address. An exception is logged, and costs
     that peer its connection.
     full: asked before each accept; while it says yes the listener rests, until `resume`.
+    shared: others accept on the same socket, each in a loop of its own; one peer should not wake them all.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Listener:
         sock: socket.socket,
         welcome: Callable[[socket.socket, Any], object],
         full: Callable[[], object],
+        shared: bool = False,
     ) -> None:
         self._loop = loop
         self._sock = sock
@@ -61,7 +63,9 @@ class Listener:
         self._exhausted_since: float | None = None
         #: How many peers were turned away for want of descriptors.
         self.turned_away = 0
-        loop.poller.register(sock, READ, self)
+        #: An EXCLUSIVE registration cannot be modified: who rests is not registered.
+        self._interest = READ | EXCLUSIVE if shared and loop.poller.supports(READ | EXCLUSIVE) else READ
+        loop.poller.register(sock, self._interest, self)
 
     def ready(self, events: int) -> None:
         """Peers wait: accept some of them."""
@@ -81,7 +85,7 @@ class Listener:
         if self._rest is not None and not self._full():
             self._rest.cancel()
             self._rest = None
-            self._loop.poller.modify(self._sock, READ)
+            self._loop.poller.register(self._sock, self._interest, self)
 
     def close(self, take: int) -> None:
         """Listen no more; the kernel resets those who wait. Up to `take` of them are accepted before."""
@@ -92,7 +96,8 @@ class Listener:
             if self._rest is not None:
                 self._rest.cancel()
                 self._rest = None
-            self._loop.poller.unregister(self._sock)
+            else:
+                self._loop.poller.unregister(self._sock)
             self._sock.close()
             self._give_up_reserve()
 
@@ -120,7 +125,7 @@ class Listener:
     def _pause(self) -> None:
         """Rest: leave those who wait in the backlog. Somebody calls `resume`, or there is room after a while."""
         if self._rest is None:
-            self._loop.poller.modify(self._sock, 0)
+            self._loop.poller.unregister(self._sock)
         else:
             self._rest.cancel()
         self._rest = self._loop.call_later(ACCEPT_REST, self._look)

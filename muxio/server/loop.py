@@ -28,6 +28,9 @@ _TICK = 0.001  #: seconds; how coarse `Loop.now` is
 #: Seconds from which on a turn of the loop has held up everybody.
 _HELD_UP = 0.05
 
+#: Seconds that `Loop.lag` is remembered for.
+_LATELY = 2.0
+
 
 class Handler(Interface):
     """What is registered with the loop's poller, as the key: somebody who is told."""
@@ -117,8 +120,9 @@ class Loop:
         self.now = clock()
         self._turn_began = self.now
         self._held_up = 0.0
-        #: How many seconds late the last timer was: about how long one turn lets the others wait.
+        #: The most seconds that a timer was late by in the last few: about how long one turn lets the others wait.
         self.lag = 0.0
+        self._lag_expires = 0.0
         #: The connections that `connect` made.
         self.clients = Group(self, Timeouts(first_data=None, idle=None, lifetime=None))
         #: Those that `connect` has not made yet.
@@ -254,7 +258,9 @@ class Loop:
 
     def _run_timers(self, now: float) -> None:
         """Make the calls whose times had come when the turn began."""
-        self.lag = now - self._timers[0][0]
+        late = now - self._timers[0][0]
+        if late >= self.lag or now >= self._lag_expires:
+            self.lag, self._lag_expires = late, now + _LATELY
         newest = next(self._order)  # who asks meanwhile for a time that is over waits a turn as well
         while self._timers and self._timers[0][0] <= now and self._timers[0][1] < newest:
             timer = heapq.heappop(self._timers)[2]

@@ -7,7 +7,7 @@ import math
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple, final
 
@@ -17,9 +17,12 @@ from muxio.server.limits import Limits, Timeouts
 from muxio.server.listener import Listener
 from muxio.server.loop import Loop
 from muxio.server.report import ConnectionReport, format_address
-from muxio.server.sockets import Address, listen, reset_on_close
+from muxio.server.sockets import Address, file_of, listen, remove_file, reset_on_close
 
 logger = logging.getLogger("muxio.server")
+
+#: How many peers may wait to be accepted.
+BACKLOG = 1024
 
 #: How often `stats` looks again when connections end in the middle of it.
 _LOOKS = 10
@@ -38,6 +41,8 @@ class Stats(NamedTuple):
     """Connections that ended at one of the `Timeouts` or at a deadline of the protocol's."""
     reset: int
     """Connections that the peer reset or left in the middle."""
+    failed: int
+    """Connections that ended with another error: an exception of the protocol's, the network's."""
     drained: int
     """Connections that stood when the server was shut down, and ended before they were cut."""
     cut: int
@@ -46,23 +51,34 @@ class Stats(NamedTuple):
     """Bytes received."""
     bytes_out: int
     """Bytes handed to the kernel."""
+    received: int
+    """How often bytes were received: the messages, where each comes in one piece and alone; echoes, of an echo."""
     buffered: int
     """Bytes queued now, for all peers."""
     lag: float
-    """Seconds that the loop was late at its last timer: about how long one turn of it holds up the others."""
+    """The most seconds that the loop was late at a timer lately: about how long one turn of it holds up the others."""
+
+    @classmethod
+    def total(cls, of: Iterable[Stats]) -> Stats:
+        """Those of several servers together: the sums, and the worst lag."""
+        each = [*of]
+        sums = [sum(column) for column in zip(*each, strict=True)] or [0] * len(cls._fields)
+        return cls(*sums)._replace(lag=max((stats.lag for stats in each), default=0.0))
 
 
 @final
 class Server:
     """Serves a protocol to everybody who connects.
 
-    address: (host, port), IPv4 or IPv6, port 0 for any; or the path of a Unix socket.
+    address: (host, port), IPv4 or IPv6, port 0 for any; the path of a Unix socket, whose file goes when the server is
+    closed; or a stream socket that is bound or listens, which belongs to the server from now on.
     factory: makes a protocol for each connection, a `Protocol` class for example.
     backend: the poller's backend; the best one by default.
     backlog: how many peers may wait to be accepted; the kernel may cut it down (net.core.somaxconn).
     timeouts: how long peers may take for what; see `Timeouts`.
     limits: how much the server takes on; see `Limits`.
     report: called with a `ConnectionReport` when a connection has ended.
+    shared: other servers accept on the same socket, and one peer need not wake all of them (EXCLUSIVE, if there is it).
 
     OSError: the address is taken or does not exist. ValueError: there is no such backend.
 
@@ -75,10 +91,11 @@ class Server:
         factory: Callable[[], AnyProtocol],
         *,
         backend: str | None = None,
-        backlog: int = 1024,
+        backlog: int = BACKLOG,
         timeouts: Timeouts | None = None,
         limits: Limits | None = None,
         report: Callable[[ConnectionReport], object] | None = None,
+        shared: bool = False,
     ) -> None:
         self._limits = limits or Limits()
         self.loop = Loop(backend)
@@ -86,7 +103,7 @@ class Server:
         try:
             sock = listen(address, backlog)
             try:
-                self._listener = Listener(self.loop, sock, self._welcome, self._is_full)
+                self._listener = Listener(self.loop, sock, self._welcome, self._is_full, shared)
             except BaseException:
                 sock.close()
                 raise
@@ -94,6 +111,7 @@ class Server:
             self.loop.close()
             raise
         self.server_address: Any = sock.getsockname()
+        self._file = file_of(sock) if isinstance(address, str) else None
         self._factory = factory
         self._report = report
         self._backlog = backlog
@@ -101,6 +119,7 @@ class Server:
         self._last_host: str | None = None
         self._accepted = self._refused = 0
         self._ended_in_drain = self._cut = 0
+        self._retiring = False
         self._stopping = False
         self._closed = False
         self._serving = threading.RLock()  # held while serve_forever() runs; its own thread never waits for it
@@ -134,10 +153,12 @@ class Server:
             refused=self._refused + turned_away,
             timed_out=group.timed_out,
             reset=group.reset,
+            failed=group.failed,
             drained=max(0, self._ended_in_drain - self._cut),
             cut=self._cut,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
+            received=group.received,
             buffered=group.buffered,
             lag=self.loop.lag,
         )
@@ -158,7 +179,18 @@ class Server:
             self._thread = None
             self._serving.release()
 
-    def shutdown(self, drain: float = 0.0) -> None:
+    def retire(self, patience: float, drain: float = 0.0) -> None:
+        """Accept no more, leave the others alone until they have left by themselves, and let `serve_forever` return.
+
+        For a server whose `shared` socket others go on accepting on: who waits to be accepted is left to them.
+
+        patience: after how many seconds a `shutdown` with so much time to `drain` follows; infinity for never.
+
+        From any thread; it does not wait.
+        """
+        self.loop.call_soon_threadsafe(self._retire, patience, drain)
+
+    def shutdown(self, drain: float = 0.0, wait: bool = True) -> None:
         """Stop accepting, let every connection come to its end, and let `serve_forever` return.
 
         drain: how many seconds that may take. Peers that wait to be accepted are accepted first, since the kernel
@@ -167,14 +199,17 @@ class Server:
         reset, and with 0 everything is, at once. This time counts instead of the time-outs ``close`` and ``linger``.
         Called again, a shorter time counts.
 
-        From any thread; from another than the serving one it waits until `serve_forever` has returned. In the serving
-        thread, a signal handler of it included, it returns at once.
+        wait: until `serve_forever` has returned, if this is another thread. In the serving thread, a signal handler of
+        it included, it returns at once in any case.
+
+        From any thread.
         """
         if self._closed:
             return
         self.loop.call_soon_threadsafe(self._stop, drain)
-        with self._serving:
-            pass
+        if wait:
+            with self._serving:
+                pass
 
     def wakeup_fd(self) -> int:
         """A descriptor for ``signal.set_wakeup_fd``; see `Loop.wakeup_fd`."""
@@ -198,6 +233,7 @@ class Server:
                 while len(self._group) or len(self.loop.clients):
                     self.loop.run_once()
                 self.loop.close()
+                remove_file(self._file)
 
     def __enter__(self) -> Server:
         return self
@@ -247,6 +283,15 @@ class Server:
                 logger.exception("the report about %r failed", connection)
         if self._stopping:
             self._ended_in_drain += 1
+        if (self._stopping or self._retiring) and not len(self._group):
+            self.loop.stop()
+
+    def _retire(self, patience: float, drain: float) -> None:
+        if not (self._stopping or self._retiring):
+            self._retiring = True
+            self._listener.close(0)
+            if patience < math.inf:
+                self.loop.call_later(patience, self._stop, drain)
             if not len(self._group):
                 self.loop.stop()
 

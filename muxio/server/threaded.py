@@ -99,8 +99,9 @@ class ThreadedServer:
 
     Parameters:
 
-    - `address`: ``(host, port)`` for IPv4 and IPv6, port 0 for any free one; or the path of a Unix socket (not on
-      Windows), whose file stays behind, as socketserver leaves it.
+    - `address`: ``(host, port)`` for IPv4 and IPv6, port 0 for any free one; the path of a Unix socket (not on
+      Windows), whose file stays behind, as socketserver leaves it; or a listening stream socket, which belongs to the
+      server from now on.
     - `handler`: called with a `Connection` in the connection's thread; the connection ends when it returns. An OSError
       that it lets through is an ordinary end, for the report to tell. Any other exception is logged to the logger
       ``muxio.server`` as well. Both end this connection only.
@@ -116,7 +117,7 @@ class ThreadedServer:
 
     def __init__(
         self,
-        address: tuple[str, int] | str,
+        address: tuple[str, int] | str | socket.socket,
         handler: Callable[[Connection], object] = echo,
         *,
         backlog: int = 1024,
@@ -265,7 +266,9 @@ class ThreadedServer:
             self._ended.append(threading.current_thread())
 
 
-def _listen(address: tuple[str, int] | str, backlog: int) -> socket.socket:
+def _listen(address: tuple[str, int] | str | socket.socket, backlog: int) -> socket.socket:
+    if isinstance(address, socket.socket):
+        return address
     if not isinstance(address, str):
         host, port = address[:2]
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

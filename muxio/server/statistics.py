@@ -1,0 +1,126 @@
+"""What servers did, told to people and machines: in all, and in the second since the last look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from muxio.server.notices import Notice
+from muxio.server.server import Stats
+
+
+class WorkerStats(NamedTuple):
+    """One server among those that serve together."""
+
+    worker: str
+    """Its name: the number of its place, from 1 on."""
+    pid: int
+    state: str
+    """``serving``; or ``retiring``, which is accepting no more."""
+    stats: Stats
+
+
+class Figures(NamedTuple):
+    """What one of them is at, or all together: figures of now, rates since the last look, and sums since the start."""
+
+    worker: str
+    """``all`` in the line for all."""
+    pid: int | None
+    state: str
+    connections: int
+    accepts: float
+    """A second, as all rates."""
+    echoes: float
+    bytes_in: float
+    bytes_out: float
+    buffered: int
+    lag: float
+    """Seconds."""
+    timed_out: int
+    errors: int
+    """Connections that were refused, reset by the peer, or ended with another error."""
+
+
+class Watch:
+    """Makes figures of what servers have counted, look after look.
+
+    began: when they began to count, by the clock that `look` is told the time of.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._time = began
+        self._last: dict[tuple[str, int], Stats] = {}
+
+    def look(self, now: float, workers: Sequence[WorkerStats], gone: Stats) -> list[Figures]:
+        """One line a worker, and one for all.
+
+        gone: what those counted that are no more.
+        """
+        passed = max(now - self._time, 1e-9)
+        nothing = Stats.total([])
+        figures = []
+        for name, pid, state, stats in workers:
+            before = self._last.get((name, pid), nothing)
+            figures.append(
+                Figures(
+                    name,
+                    pid,
+                    state,
+                    stats.connections,
+                    (stats.accepted - before.accepted) / passed,
+                    (stats.received - before.received) / passed,
+                    (stats.bytes_in - before.bytes_in) / passed,
+                    (stats.bytes_out - before.bytes_out) / passed,
+                    stats.buffered,
+                    stats.lag,
+                    stats.timed_out,
+                    _errors(stats),
+                )
+            )
+        self._time = now
+        self._last = {(name, pid): stats for name, pid, _, stats in workers}
+        sums: Any = [sum(column) for column in list(zip(*figures, strict=True))[3:]] or [0] * len(Figures._fields[3:])
+        everybody = Figures("all", None, "", *sums)
+        return [
+            *figures,
+            everybody._replace(
+                lag=max((each.lag for each in figures), default=0.0),
+                timed_out=everybody.timed_out + gone.timed_out,
+                errors=everybody.errors + _errors(gone),
+            ),
+        ]
+
+
+def statistics(figures: Sequence[Figures]) -> Notice:
+    """All of it in one line, of all together; every worker's figures are among the fields."""
+    everybody = figures[-1]
+    workers = "" if len(figures) == 2 else f"{len(figures) - 1} workers, "
+    line = (
+        f"{workers}{everybody.connections:,} connected, {everybody.accepts:,.0f} accepts/s, "
+        f"{everybody.echoes:,.0f} echoes/s, "
+        f"{of_bytes(everybody.bytes_in)}/s in, {of_bytes(everybody.bytes_out)}/s out, "
+        f"{of_bytes(everybody.buffered)} buffered, lag {everybody.lag * 1000:,.1f} ms, "
+        f"{everybody.timed_out:,} timed out, {everybody.errors:,} errors"
+    )
+    return Notice(line, "statistics", **_fields(everybody), workers=[_fields(each) for each in figures[:-1]])
+
+
+def of_bytes(number: float) -> str:
+    """A number of bytes for people, in powers of 1,000: ``5.2 MB``."""
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while number >= 999.5 and unit != "TB":
+        number, unit = number / 1000, next(units)
+    return f"{number:.0f} {unit}" if unit == "B" or number >= 99.95 else f"{number:.1f} {unit}"
+
+
+def _errors(stats: Stats) -> int:
+    return stats.refused + stats.reset + stats.failed
+
+
+def _fields(figures: Figures) -> dict[str, Any]:
+    return {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in figures._asdict().items()
+        if value not in (None, "")
+    }
