@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from helpers import wait_until
@@ -122,15 +123,21 @@ def connect(address: Any) -> socket.socket:
     if isinstance(address, tuple):
         return socket.create_connection(address, TIMEOUT)
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(TIMEOUT)
-    client.connect(address)
+    try:
+        client.settimeout(TIMEOUT)
+        client.connect(address)
+    except OSError:
+        client.close()
+        raise
     return client
 
 
 def ended(pid: int) -> bool:
-    """Whether a process that is no child of ours is gone."""
+    """Whether a process that is no child of ours has ended; whoever it was left to may not have noticed yet."""
     try:
         os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except ProcessLookupError:
         return True
-    return False
+    except FileNotFoundError:  # no /proc here, or gone just now
+        return Path("/proc/self").exists()
