@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from helpers import wait_until
 
 import muxio
 from muxio import READ, WRITE
@@ -63,13 +66,20 @@ class Churn:
 
     def __init__(self, address: Any, clients: int) -> None:
         self.address = address
-        self.family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        self.family = socket.AF_INET
+        if isinstance(address, str) and sys.platform != "win32":
+            self.family = socket.AF_UNIX
         self.poller: muxio.Poller[_Client] = muxio.Poller()
         self.accepted = self.served = 0
         self.failures: list[str] = []
         self.stopping = False
         self._clients = clients
         self._thread = threading.Thread(target=self._run, name="churn")
+
+    def wait_for(self, more: int) -> None:
+        """Wait until so many more clients were served, or one was not."""
+        enough = self.served + more
+        wait_until(lambda: self.failures or self.served >= enough, 60.0)
 
     def _run(self) -> None:
         for _ in range(self._clients):

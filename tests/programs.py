@@ -122,6 +122,8 @@ def echo(address: Any, data: bytes = b"hi") -> None:
 def connect(address: Any) -> socket.socket:
     if isinstance(address, tuple):
         return socket.create_connection(address, TIMEOUT)
+    if sys.platform == "win32":
+        raise NotImplementedError("Python has no Unix sockets on Windows")
     client = socket.socket(socket.AF_UNIX)
     try:
         client.settimeout(TIMEOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str) -> list[str]:
-    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")]
+def run(name: str, *arguments: str) -> list[str]:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
 
 
@@ -56,3 +57,12 @@ def test_own_protocol_answers_in_capitals() -> None:
                 assert stream.read() == b"HELLO"
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
+
+
+def test_cpu_bound_tells_the_latencies_of_three_ways() -> None:
+    title, *ways = run("cpu_bound", "0.5")
+    assert "light clients" in title
+    for line, name in zip(ways, ("in the loop", "on threads", "on processes"), strict=True):
+        found = re.fullmatch(rf"{name} +median +([\d.]+)   99 % +([\d.]+)   most +([\d.]+)   \(([\d,]+)\)", line)
+        assert found, line
+        assert 0 < float(found[1]) <= float(found[2]) <= float(found[3])

@@ -25,6 +25,7 @@ FLOORS = {
     "muxio.server.sockets": 2,
     "muxio.server.limits": 2,
     "muxio.server.wheel": 2,
+    "muxio.server.offload": 2,
     "muxio.server.systemd": 2,
     "muxio.server.signals": 2,
     "muxio.server.notices": 3,

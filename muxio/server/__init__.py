@@ -3,6 +3,8 @@
 from muxio.server.connection import Connection
 from muxio.server.limits import Limits, Timeouts
 from muxio.server.loop import Handle, Loop
+from muxio.server.notices import Notice
+from muxio.server.offload import Job, Offload
 from muxio.server.protocol import BufferedProtocol, EchoProtocol, Protocol, Transport
 from muxio.server.report import ConnectionReport
 from muxio.server.serve import Summary, serve
@@ -15,8 +17,11 @@ __all__ = [
     "ConnectionReport",
     "EchoProtocol",
     "Handle",
+    "Job",
     "Limits",
     "Loop",
+    "Notice",
+    "Offload",
     "Protocol",
     "Server",
     "Stats",

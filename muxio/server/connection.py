@@ -9,10 +9,12 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from muxio.events import READ, WRITE
 from muxio.server.group import Group
+from muxio.server.offload import Job
 from muxio.server.protocol import BufferedProtocol, Protocol
 from muxio.server.sockets import reset_on_close
 
@@ -90,6 +92,9 @@ _ENDING = (State.CLOSING, State.LINGERING, State.FLUSHING, State.CLOSED)
 _READING_PAUSED = 1 << 8  #: the protocol, receiving
 _HELD = 1 << 9  #: the group, which has too much queued, receiving: until our queue is sent
 _WRITING_PAUSED = 1 << 10  #: the high-water mark, the protocol's writing
+_BEHIND = 1 << 11  #: the pool, which has too many of our jobs, receiving: until it has fewer
+_ANSWERING = 1 << 12  #: nobody; but there are jobs whose answers are owed
+_CLOSES_LATER = 1 << 13  #: close(), receiving: it comes when the answers are given
 
 # How to receive.
 _NOT = 0
@@ -216,6 +221,23 @@ class Connection:
         logger.error("exception in a callback of %r, %r", self._protocol, self, exc_info=error)
         self._reset(error)
 
+    def hold(self, behind: bool) -> None:
+        """The pool is behind with our jobs, or no more: receive or not."""
+        if bool(self._flags & _BEHIND) != behind:
+            self._flags ^= _BEHIND
+            self._watch()
+
+    def answered(self) -> None:
+        """The last of our jobs is over."""
+        later = self._flags & _CLOSES_LATER
+        self._flags &= ~(_ANSWERING | _BEHIND | _CLOSES_LATER)
+        self._active = self.loop.peer_time()  # it was we who let the peer wait
+        if later:
+            self._move(Event.CLOSE)
+        else:
+            self._watch()
+            self._group.hasten(self, self._next_deadline()[0])
+
     def drain(self) -> None:
         """The server stops: let the protocol come to an end."""
         if self._state not in _ENDING:
@@ -274,13 +296,17 @@ class Connection:
         self._move(Event.WRITE_EOF)
 
     def close(self) -> None:
-        self._move(Event.CLOSE)
+        if self._flags & _ANSWERING and self._state not in _ENDING:
+            self._flags |= _CLOSES_LATER
+            self._watch()
+        else:
+            self._move(Event.CLOSE)
 
     def abort(self) -> None:
         self._reset(None)
 
     def is_closing(self) -> bool:
-        return self._state in _ENDING
+        return self._state in _ENDING or bool(self._flags & _CLOSES_LATER)
 
     def pause_reading(self) -> None:
         self._flags |= _READING_PAUSED
@@ -293,7 +319,14 @@ class Connection:
             self._watch()
 
     def is_reading(self) -> bool:
-        return self._state in _RECEIVES and not self._flags & _READING_PAUSED
+        return self._state in _RECEIVES and not self._flags & (_READING_PAUSED | _CLOSES_LATER)
+
+    def offload(self, function: Callable[..., Any], *arguments: Any) -> Job:
+        call = partial(function, *arguments)
+        if self._state in _ENDING:
+            return self.loop.jobs.refuse(call)
+        self._flags |= _ANSWERING
+        return self.loop.jobs.submit(self, call)
 
     def set_deadline(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
@@ -370,12 +403,18 @@ class Connection:
 
     def _end(self) -> None:
         """Give everything back."""
+        self._drop_jobs()
         self._receiving = _NOT
         self._group.buffered -= self.get_write_buffer_size()
         self._queue = None
         self.loop.poller.unregister(self._sock)
         self._sock.close()
         self.loop.call_soon(self._tell_lost)
+
+    def _drop_jobs(self) -> None:
+        if self._flags & _ANSWERING:
+            self._flags &= ~(_ANSWERING | _BEHIND | _CLOSES_LATER)
+            self.loop.jobs.drop(self)
 
     def _attempt(self, call: Callable[..., T], *arguments: Any) -> T | None:
         """What a call of the socket returns. None if it would block, or has failed, which loses the connection."""
@@ -402,7 +441,7 @@ class Connection:
 
     def _how_to_receive(self) -> int:
         """How to receive now."""
-        if self._state not in _RECEIVES or self._flags & (_READING_PAUSED | _HELD):
+        if self._state not in _RECEIVES or self._flags & (_READING_PAUSED | _HELD | _BEHIND | _CLOSES_LATER):
             return _NOT
         return _INTO_BUFFER if isinstance(self._protocol, BufferedProtocol) else _AS_BYTES
 
@@ -520,7 +559,7 @@ class Connection:
         ]
         if self._queue is not None:
             deadlines.append((self._queue.progress + group.write, f"nothing was taken for {group.write:g} s"))
-        elif self._receiving:  # else it is not the peer who is waited for
+        elif self._receiving and not self._flags & _ANSWERING:  # else it is not the peer who is waited for
             deadlines.append((self._active + group.idle, f"idle for {group.idle:g} s"))
         if self._receiving and not self.bytes_in:
             deadlines.append((self.began + group.first_data, f"no data within {group.first_data:g} s"))
@@ -537,6 +576,7 @@ class Connection:
             self._reset(error)
         else:
             self._error = error
+            self._drop_jobs()
             self.close()
 
 

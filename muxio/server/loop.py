@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 from typing import Protocol as Interface
@@ -18,6 +19,7 @@ from muxio.server.connection import AnyProtocol
 from muxio.server.connector import Connector
 from muxio.server.group import Group
 from muxio.server.limits import Timeouts
+from muxio.server.offload import Job, Offload, Pool
 from muxio.server.sockets import Address
 
 logger = logging.getLogger("muxio.server")
@@ -107,11 +109,14 @@ class Loop:
 
     backend: the poller's backend; the best one by default.
     clock: what time it is, in seconds: `time.monotonic`, unless a test needs another.
+    offload: what `offload` uses; see `Offload`.
 
     All methods but `call_soon_threadsafe` belong to the thread that runs the loop.
     """
 
-    def __init__(self, backend: str | None = None, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, backend: str | None = None, clock: Callable[[], float] = monotonic, offload: Offload | None = None
+    ) -> None:
         self.poller: Poller[Handler] = Poller(backend)
         #: The loop's clock: ``time()`` is in seconds.
         self.time = clock
@@ -134,6 +139,8 @@ class Loop:
         self._order = itertools.count()
         self._stopping = False
         self._signals: _SignalChannel | None = None
+        #: What was offloaded.
+        self.jobs = Pool(offload, self.call_soon_threadsafe)
 
     def peer_time(self) -> float:
         """The time by which peers are judged: when this turn began, less what callbacks have held up the loop.
@@ -186,6 +193,17 @@ class Loop:
         if self._ends_clients:
             raise RuntimeError("the loop is about to be closed, and connects no more")
         return Connector(self, address, factory)
+
+    def offload(self, function: Callable[..., Any], *arguments: Any) -> Job:
+        """Let a thread or a process call a function that takes its time, and go on serving meanwhile.
+
+        Returns a `Job`; its callbacks are called by this loop. It belongs to no connection: a protocol takes
+        `Transport.offload`, whose answers come in order, and end with the connection. When the loop is closed, jobs are
+        cancelled.
+
+        RuntimeError: the loop was closed.
+        """
+        return self.jobs.submit(None, partial(function, *arguments))
 
     def end_clients(self) -> None:
         """Reset the connections that `connect` made, give up those that it has not made yet, and make no more."""
@@ -249,6 +267,7 @@ class Loop:
 
     def close(self) -> None:
         """Close the poller. What was registered stays open, calls that wait are dropped."""
+        self.jobs.close()
         self._soon.clear()
         self._timers.clear()
         self.poller.close()

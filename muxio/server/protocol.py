@@ -11,12 +11,13 @@ The names and the rules are asyncio's:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from typing import Protocol as Interface
 
 if TYPE_CHECKING:
     from muxio.server.loop import Loop
+    from muxio.server.offload import Job
 
 
 class Transport(Interface):
@@ -59,6 +60,17 @@ class Transport(Interface):
 
     def is_reading(self) -> bool:
         """Whether bytes from the peer are being received."""
+
+    def offload(self, function: Callable[..., Any], *arguments: Any) -> Job:
+        """Let a thread or a process call a function that takes its time, and go on serving meanwhile (`Loop.offload`).
+
+        The job's callbacks come in the order of asking, each when the jobs before it are over. While many are not, the
+        peer is not read from (`Offload` says how many). ``close`` waits for them: their answers are owed. When the
+        connection is lost they are cancelled; but a peer that has only said EOF may still wait for its answers, and
+        that it is gone shows when one is written (on select a reset does so, too, if the peer is not read from).
+
+        Once the connection is lost, or closing with no answers owed, the job is cancelled from the beginning.
+        """
 
     def set_deadline(self, seconds: float | None) -> None:
         """Close the connection after so many seconds, unless another deadline is set before; None takes it back.

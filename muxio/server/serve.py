@@ -19,6 +19,7 @@ from muxio.server.limits import Limits, Timeouts
 from muxio.server.live import INTERVAL, open_view
 from muxio.server.loop import Loop
 from muxio.server.notices import LogFormat, Notice, Say, listening, log_as_json, of_connection, writer
+from muxio.server.offload import Offload
 from muxio.server.protocol import EchoProtocol
 from muxio.server.report import ConnectionReport
 from muxio.server.server import Stats
@@ -69,12 +70,13 @@ def serve(
     retire: float = RETIRE,
     timeouts: Timeouts | None = None,
     limits: Limits | None = None,
+    offload: Offload | None = None,
     log_format: LogFormat = "text",
     say: Say | None = None,
 ) -> Summary:
     """Serve until SIGINT (Ctrl-C) or SIGTERM, and return what was done.
 
-    address, factory, backend, timeouts, limits: as `Server` takes them; the limits are for each worker.
+    address, factory, backend, timeouts, limits, offload: as `Server` takes them; limits and pool are each worker's own.
     threads: serve with `ThreadedServer` and its echo instead; it has an address, and nothing else of these.
     workers: serve with so many processes, which share the port. They are started anew, not forked, so `factory` must be
     importable (a class or a function of a module), and a script that calls this does so under ``if __name__ ==
@@ -98,7 +100,7 @@ def serve(
     The signals are handled only if this is the main thread, and their handlers are put back afterwards. In another
     thread nothing but the end of the process stops it: use `Server` there.
     """
-    if threads and (factory is not EchoProtocol or backend or timeouts or limits or workers or live):
+    if threads and (factory is not EchoProtocol or backend or timeouts or limits or offload or workers or live):
         raise ValueError(
             "threads serve a blocking echo: they have no backend, time-outs, limits, workers or live view, "
             "and run no protocol"
@@ -121,7 +123,9 @@ def serve(
         if threads:
             summary = _serve_by_threads(address, None if quiet else tell, tell)
         else:
-            order = Order(factory, backend, timeouts, limits, drain, None if quiet or live else say, log_format)
+            order = Order(
+                factory, backend, timeouts, limits, offload, drain, None if quiet or live else say, log_format
+            )
             summary = _serve_by_loops(
                 _crew(address, order, workers, worker_threads, retire, tell), drain, live, log_format, tell, notifier
             )

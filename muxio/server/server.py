@@ -16,6 +16,7 @@ from muxio.server.group import Group
 from muxio.server.limits import Limits, Timeouts
 from muxio.server.listener import Listener
 from muxio.server.loop import Loop
+from muxio.server.offload import Offload
 from muxio.server.report import ConnectionReport, format_address
 from muxio.server.sockets import Address, file_of, listen, remove_file, reset_on_close
 
@@ -55,6 +56,8 @@ class Stats(NamedTuple):
     """How often bytes were received: the messages, where each comes in one piece and alone; echoes, of an echo."""
     buffered: int
     """Bytes queued now, for all peers."""
+    jobs: int
+    """What was offloaded and is not answered yet."""
     lag: float
     """The most seconds that the loop was late at a timer lately: about how long one turn of it holds up the others."""
 
@@ -77,6 +80,7 @@ class Server:
     backlog: how many peers may wait to be accepted; the kernel may cut it down (net.core.somaxconn).
     timeouts: how long peers may take for what; see `Timeouts`.
     limits: how much the server takes on; see `Limits`.
+    offload: where CPU-bound work goes (`Transport.offload`): threads, unless this `Offload` says processes.
     report: called with a `ConnectionReport` when a connection has ended.
     shared: other servers accept on the same socket, and one peer need not wake all of them (EXCLUSIVE, if there is it).
 
@@ -94,11 +98,12 @@ class Server:
         backlog: int = BACKLOG,
         timeouts: Timeouts | None = None,
         limits: Limits | None = None,
+        offload: Offload | None = None,
         report: Callable[[ConnectionReport], object] | None = None,
         shared: bool = False,
     ) -> None:
         self._limits = limits or Limits()
-        self.loop = Loop(backend)
+        self.loop = Loop(backend, offload=offload)
         self._group = Group(self.loop, timeouts, self._limits.buffered, self._ended)
         try:
             sock = listen(address, backlog)
@@ -160,6 +165,7 @@ class Server:
             bytes_out=bytes_out,
             received=group.received,
             buffered=group.buffered,
+            jobs=self.loop.jobs.jobs,
             lag=self.loop.lag,
         )
 

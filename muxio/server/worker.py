@@ -14,6 +14,7 @@ from muxio.server.channel import Channel
 from muxio.server.connection import AnyProtocol
 from muxio.server.limits import Limits, Timeouts
 from muxio.server.notices import LogFormat, Say, log_as_json, of_connection
+from muxio.server.offload import Offload
 from muxio.server.report import ConnectionReport
 from muxio.server.server import Server
 from muxio.server.signals import RELOAD, STATISTICS, STOP, handled, unblock_interrupts
@@ -30,6 +31,7 @@ class Order:
     backend: str | None
     timeouts: Timeouts | None
     limits: Limits | None
+    offload: Offload | None
     drain: float
     say: Say | None  #: called with each connection that has ended
     log_format: LogFormat
@@ -49,6 +51,7 @@ class Order:
             backend=self.backend,
             timeouts=self.timeouts,
             limits=self.limits,
+            offload=self.offload,
             report=None if say is None else report,
             shared=self.shared,
         )
