@@ -1,6 +1,6 @@
 """What a request that computes does to the clients beside it: in the loop, on threads, on processes.
 
-A server answers ``prime?`` by trial division, which takes some tenths of a second, and echoes everything else. One client
+A server answers ``prime?`` by trial division, which takes some tenths of a second, and echoes the rest. One client
 asks for primes without pause; the others send a line now and then, and how long their echoes take is printed.
 """
 

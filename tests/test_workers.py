@@ -47,6 +47,8 @@ def clients_of_each(served: Served) -> dict[int, socket.socket]:
         else:
             found[pid] = client
     for client in spare:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""  # the worker counts it no more
         client.close()
     return found
 
