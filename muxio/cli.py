@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import muxio
@@ -113,6 +113,18 @@ def _parser() -> argparse.ArgumentParser:
     poller.add_argument("--backend", metavar="NAME", help=f"muxio on this one only: {', '.join(NAMES)}")
     _json_option(poller)
     _add_bench_echo(benches)
+    _add_bench_offload(benches)
+    hold = benches.add_parser(
+        "hold",
+        help="very many connections at once, by workers",
+        description="Hold so many connections at once, by as many workers, and from as many client processes, as the "
+        "limit of open files makes necessary, and let each echo once at the end; every byte is compared.",
+        epilog="exit status: 0 if all were held and echoed, 1 if not, 2 for bad input or a limit that is too low",
+    )
+    hold.add_argument("-c", "--connections", metavar="N", type=count, default=10_000, help="(default: 10,000)")
+    hold.add_argument("--workers", metavar="N", type=_workers, help="of the server (default: as few as can hold them)")
+    hold.add_argument("--clients", metavar="N", type=_workers, help="processes (default: as few as can hold them)")
+    hold.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -172,8 +184,9 @@ def _add_bench_echo(benches: argparse._SubParsersAction[_Parser]) -> None:
         "process of its own, and the load comes from another, in C if there is a compiler. Three loads and all that "
         "is installed take five minutes. Ctrl-C shows what is there by then.",
         epilog="scenarios: load (64 B over 100 and 1,000 connections, 16 KiB over 100); memory (an idle connection's); "
-        "crowd (busy connections alone, and beside idle ones); storm (1,000 clients that connect at once); hostile "
-        "(honest clients alone, and beside others that drip, never read, or reset). "
+        "crowd (busy connections alone, and beside idle ones); storm (1,000 clients that connect at once); workers "
+        "(muxio in one process, and in two); hostile (honest clients alone, and beside others that drip, never read, "
+        "or reset). "
         "exit status: 0, 1 if a contestant failed, 2 for bad input, 130 after Ctrl-C",
     )
     echo.add_argument(
@@ -216,6 +229,23 @@ def _add_bench_echo(benches: argparse._SubParsersAction[_Parser]) -> None:
     length.add_argument("--quick", action="store_true", help="a look: three short rounds, nothing is judged")
     echo.add_argument("--backend", metavar="NAME", help=f"muxio on this one: {', '.join(NAMES)}")
     _json_option(echo)
+
+
+def _add_bench_offload(benches: argparse._SubParsersAction[_Parser]) -> None:
+    offload = benches.add_parser(
+        "offload",
+        help="what a request that computes does to other clients",
+        description="Measure the latency of 100 light clients while the server computes for another one without pause: "
+        "in its loop, on threads, on processes; two minutes. Ctrl-C shows what is there by then.",
+        epilog="exit status: 0, 1 if a contestant failed, 2 for bad input, 130 after Ctrl-C",
+    )
+    offload.add_argument(
+        "-d", "--duration", metavar="TIME", type=_duration, default=5.0, help="of a sample, as in 500ms (default: 5s)"
+    )
+    length = offload.add_mutually_exclusive_group()
+    length.add_argument("--rounds", metavar="N", type=_runs, default=7, help="7 or more (default: 7)")
+    length.add_argument("--quick", action="store_true", help="a look: three short rounds, nothing is judged")
+    _json_option(offload)
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
@@ -329,12 +359,20 @@ def _info(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from muxio.bench import echo, poller
+    from muxio.bench import echo, hold, offload, poller
+    from muxio.bench.measure import Results, Scenario
     from muxio.bench.report import conduct
 
+    results: Results
+    scenarios: Iterable[Scenario]
+
     try:
+        if options.bench == "hold":
+            return hold.conduct(hold.Settings(options.connections, options.workers, options.clients), options.json)
         if options.bench == "poller":
             results, scenarios = poller.bench(options.runs, options.quick, options.backend)
+        elif options.bench == "offload":
+            results, scenarios = offload.bench(offload.Settings(options.duration, options.rounds, options.quick))
         else:
             names = [field.name for field in fields(echo.Settings)]
             results, scenarios = echo.bench(echo.Settings(**{name: getattr(options, name) for name in names}))

@@ -31,13 +31,18 @@ enum { PER_SOURCE = 10000 };
 
 /* Parameters, as name=value */
 
-static double port, busy, size, idle, hello, drip, deaf, reset, window, warmup, duration, rate, server_clock, patience;
+static double port, busy, size, idle, hello, drip, deaf, reset, window, warmup, duration, rate, patience;
+
+/* The CPU clocks of the server's processes */
+enum { MOST_CLOCKS = 64 };
+static clockid_t server_clocks[MOST_CLOCKS];
+static size_t clocks;
 
 static const struct {
     const char *name;
     double *value;
 } PARAMETERS[] = {
-    {"port", &port},     {"clock", &server_clock},
+    {"port", &port},
     {"busy", &busy},     {"size", &size},         {"rate", &rate},
     {"idle", &idle},     {"hello", &hello},
     {"drip", &drip},     {"deaf", &deaf},         {"reset", &reset},
@@ -47,7 +52,12 @@ static const struct {
 static void read_parameters(char **arguments)
 {
     for (; *arguments; arguments++) {
-        bool known = false;
+        bool known = !strncmp(*arguments, "clock=", 6);
+        if (known) { /* several are separated by commas */
+            for (char *word = strtok(*arguments + 6, ","); word && clocks < MOST_CLOCKS; word = strtok(NULL, ","))
+                server_clocks[clocks++] = (clockid_t)atoi(word);
+            continue;
+        }
         for (size_t place = 0; place < sizeof PARAMETERS / sizeof *PARAMETERS; place++) {
             size_t length = strlen(PARAMETERS[place].name);
             if (!strncmp(*arguments, PARAMETERS[place].name, length) && (*arguments)[length] == '=') {
@@ -70,6 +80,14 @@ static int64_t read_clock(clockid_t clock)
     if (clock_gettime(clock, &time) < 0)
         return 0;
     return time.tv_sec * SECOND + time.tv_nsec;
+}
+
+static int64_t read_server_clocks(void)
+{
+    int64_t sum = 0;
+    for (size_t place = 0; place < clocks; place++)
+        sum += read_clock(server_clocks[place]);
+    return sum;
 }
 
 static int64_t now(void)
@@ -431,7 +449,7 @@ static void report(void)
            "\"slowest\": %llu, \"starved\": %llu",
            (double)setup_time / SECOND, busy, (double)window_time / SECOND, (unsigned long long)echoes,
            busy ? (unsigned long long)slowest : 0, (unsigned long long)starved);
-    if (server_clock)
+    if (clocks)
         printf(", \"server_cpu\": %.9f", (double)server_time / SECOND);
     else
         printf(", \"server_cpu\": null");
@@ -463,14 +481,14 @@ static void begin_window(int64_t time)
     for (size_t place = 0; place < (size_t)busy; place++)
         connections[place].echoes = 0;
     window_start = time;
-    server_start = read_clock((clockid_t)server_clock);
+    server_start = read_server_clocks();
     own_start = read_clock(CLOCK_PROCESS_CPUTIME_ID);
 }
 
 static void end_window(int64_t time)
 {
     window_time = time - window_start;
-    server_time = read_clock((clockid_t)server_clock) - server_start;
+    server_time = read_server_clocks() - server_start;
     own_time = read_clock(CLOCK_PROCESS_CPUTIME_ID) - own_start;
     for (size_t place = 0; place < (size_t)busy; place++) /* what was not even sent counts with its age */
         for (struct connection *connection = connections + place; connection->due; connection->due--)

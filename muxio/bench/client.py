@@ -102,10 +102,10 @@ class Peer:
 
 
 class Client:
-    def __init__(self, load: Load, port: int, clock: int) -> None:
+    def __init__(self, load: Load, port: int, clocks: Sequence[int]) -> None:
         self.load = load
         self.address = ("127.0.0.1", port)
-        self.clock = clock
+        self.cpu_clocks = clocks
         self.poller: muxio.Poller[Peer] = muxio.Poller()
         kinds = [kind for kind in Kind for _ in range(getattr(load, kind.value))]
         self.peers = [Peer(kind, number) for number, kind in enumerate(kinds)]
@@ -355,10 +355,9 @@ class Client:
         return self.phase is Phase.DRAIN and not self.waiting
 
     def read_clocks(self, now: float) -> None:
-        if sys.platform == "win32" or not self.clock:
-            server = 0.0
-        else:
-            server = time.clock_gettime(self.clock)
+        server = 0.0
+        if sys.platform != "win32":
+            server = sum(time.clock_gettime(clock) for clock in self.cpu_clocks)
         self.clocks.append((now, server, time.process_time()))
 
     def found(self) -> dict[str, Any]:
@@ -374,7 +373,7 @@ class Client:
             "echoes": sum(echoes),
             "slowest": min(echoes, default=0),
             "starved": echoes.count(0),
-            "server_cpu": server if self.clock else None,
+            "server_cpu": server if self.cpu_clocks else None,
             "own_cpu": own,
             "cuts": self.cuts,
             "latency": percentiles(self.latencies),
@@ -395,9 +394,9 @@ def percentiles(seconds: list[float]) -> dict[str, float] | None:
 
 def main(words: Sequence[str]) -> int:
     given = dict(word.split("=") for word in words)
-    port, clock = int(given.pop("port")), int(given.pop("clock"))
+    port, clocks = int(given.pop("port")), [int(clock) for clock in given.pop("clock").split(",") if clock]
     defaults = asdict(Load())
-    client = Client(Load(**{name: type(defaults[name])(value) for name, value in given.items()}), port, clock)
+    client = Client(Load(**{name: type(defaults[name])(value) for name, value in given.items()}), port, clocks)
     try:
         print(json.dumps(client.run()), flush=True)
         sys.stdin.read()

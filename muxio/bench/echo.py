@@ -11,6 +11,7 @@ the limit of what the machine can do, and what `muxio.bench.servers` has.
 from __future__ import annotations
 
 import importlib.util
+import os
 import select
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -38,6 +39,8 @@ SPARE_FILES = 100  # open files beside the connections
 
 IDLE, CROWD = 9_000, 19_000  #: idle connections
 
+MANY_WORKERS = 2  #: what is compared with one
+
 SATURATED = 90.0  #: percent of its core: who is less busy than that is not what held the echoes up
 REACHED = 99.0  #: percent of the rate asked for: who answers less is too slow for it
 
@@ -52,6 +55,7 @@ BARS = [
     Bar("9,000 idle: private memory", "muxio", None, "at most", 750),
     Bar("100 busy, 19,000 idle: throughput", "muxio, idle beside", "muxio", "at least", 0.9),
     Bar("1,000 at once: last first echo", "muxio", None, "at most", 500),
+    Bar("64 B x 100, workers: throughput", "2 workers", "1 worker", "at least", 1.7),
     Bar("100 honest, 1,500 hostile: longest wait", "muxio, hostile beside", None, "at most", 1000),
 ]
 
@@ -258,7 +262,7 @@ def _shares(title: str) -> list[Metric]:
     """How fair a server was, and who had reached the limit of a core."""
     shares: dict[str, Callable[[Found], float]] = {
         "slowest connection / mean": lambda found: found.slowest * found.connections / found.echoes * 100,
-        "generator of a core": lambda found: found.own_cpu / found.seconds * 100,
+        "generator of a core": _own_share,
     }
     if cpu_clock():
         shares["server of a core"] = _server_share
@@ -271,6 +275,10 @@ def _shares(title: str) -> list[Metric]:
 
 def _server_share(found: Found) -> float:
     return (found.server_cpu or 0.0) / found.seconds * 100
+
+
+def _own_share(found: Found) -> float:
+    return found.own_cpu / found.seconds * 100
 
 
 def _withhold_throughput(arena: Arena, title: str, findings: Findings) -> None:
@@ -380,6 +388,33 @@ def _hostile(arena: Arena, names: Sequence[str]) -> Scenarios:
                 arena.remark(f"{title}: {name} ended {cuts:,} hostile connections")
 
 
+def _workers(arena: Arena, names: Sequence[str]) -> Scenarios:
+    """muxio's server in one process, and by workers, which have all cores; so has the generator."""
+    if "muxio" not in arena.commands:
+        arena.remark("workers: left out, they are muxio's")
+        return
+    several = f"{MANY_WORKERS} workers"
+    lines = {"alone": "", "1 worker": "1", several: str(MANY_WORKERS)}
+    commands = {
+        line: [*arena.commands["muxio"], *(["--workers", count] if count else [])] for line, count in lines.items()
+    }
+    arena = replace(arena, commands=commands, cores=Cores(None, None))
+    load = arena.settings.load(100)
+    title = f"{_bytes(load.size)} x {load.busy:,}, workers"
+    metrics = [*_speed(title), *_latencies(title, load), *_shares(title)]
+    scenario, findings = arena.scenario(title, metrics, _everybody(list(lines), load))
+    try:
+        yield scenario
+    finally:
+        _withhold_throughput(arena, title, findings)
+        if cpu_clock() and (found := findings.get(several)):
+            server, generator = (median(share(each) for each in found) for share in (_server_share, _own_share))
+            arena.remark(
+                f"{title}: each process on any core; {several} took {server:.0f} % of a core, and the generator "
+                f"{generator:.0f} %; this machine has {os.cpu_count()} cores"
+            )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A scenario by its name."""
@@ -393,6 +428,7 @@ SCENARIOS = {
     "memory": Kind(_memory, lambda settings: settings.idle or IDLE),
     "crowd": Kind(_crowd, lambda settings: (settings.connections or 100) + (settings.idle or CROWD)),
     "storm": Kind(_storm, lambda settings: settings.connections or 1000),
+    "workers": Kind(_workers, lambda settings: settings.connections or 100),
     "hostile": Kind(_hostile, lambda settings: (settings.connections or 100) + 3 * settings.hostile),
 }
 

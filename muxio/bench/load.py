@@ -1,9 +1,10 @@
 """A load, and how a load generator puts it on a server.
 
 There are two generators, which do the same: client.c, and client.py where there is no C compiler. A generator gets its
-parameters as ``name=value`` words: the fields of `Load`, ``port`` (the server's, at 127.0.0.1) and ``clock`` (the
-server's CPU clock, 0 for none). It connects, waits until each connection had a first echo, lets the busy ones run to
-warm up, measures, and waits for the echoes that are still on their way. Every byte that comes back is compared.
+parameters as ``name=value`` words: the fields of `Load`, ``port`` (the server's, at 127.0.0.1) and ``clock`` (the CPU
+clocks of the server's processes, with commas between). It connects, waits until each connection had a first echo, lets
+the busy ones run to warm up, measures, and waits for the echoes that are still on their way. Every byte that comes back
+is compared.
 
 Then it prints a line of JSON, the fields of `Found` and ``error`` (null, or in words what went wrong, and nothing
 else), and keeps everything connected until its stdin ends.
@@ -11,6 +12,7 @@ else), and keeps everything connected until its stdin ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from muxio.bench.measure import Failure
-from muxio.bench.processes import Cores, can_tell_memory, cpu_clock, port_of, private_memory, running
+from muxio.bench.processes import Cores, can_tell_memory, cpu_clock, private_memory, running, where
 
 PERCENTILES = ("p50", "p75", "p90", "p99", "p99.9", "max")
 
@@ -56,25 +58,29 @@ class Found:
     memory: int | None = None  #: and at the end, with everything connected
 
 
-def put(load: Load, server: Sequence[str], generator: Sequence[str], cores: Cores) -> Found:
-    """Start the server, put the load on it, and end it. Failure: the server does not do what it should."""
-    with running(server, cores.server) as process:
-        port, clock = port_of(process), cpu_clock(process.pid)
-        _generate(Load(idle=1, patience=load.patience), port, 0, generator, cores)
-        before = private_memory(process.pid) if can_tell_memory() else None
-        found = _generate(load, port, clock, generator, cores, process.pid)
+def put(load: Load, server: Sequence[str], generator: Sequence[str], cores: Cores, beside: Sequence[str] = ()) -> Found:
+    """Start the server, put the load on it, and end it. Failure: the server does not do what it should.
+
+    beside: a program that runs meanwhile; it is told the server's port as its last argument.
+    """
+    with contextlib.ExitStack() as stack:
+        port, pids = where(stack.enter_context(running(server, cores.server)))
+        _generate(Load(idle=1, patience=load.patience), port, [], generator, cores)
+        before = private_memory(*pids) if can_tell_memory() else None
+        if beside:
+            stack.enter_context(running([*beside, str(port)], cores.client))
+        found = _generate(load, port, pids, generator, cores)
         return Found(**{**asdict(found), "memory_before": before})
 
 
-def _generate(
-    load: Load, port: int, clock: int, generator: Sequence[str], cores: Cores, server: int | None = None
-) -> Found:
-    words = [f"{name}={value}" for name, value in {**asdict(load), "port": port, "clock": clock}.items()]
+def _generate(load: Load, port: int, server: Sequence[int], generator: Sequence[str], cores: Cores) -> Found:
+    clocks = ",".join(str(clock) for pid in server if (clock := cpu_clock(pid)))
+    words = [f"{name}={value}" for name, value in {**asdict(load), "port": port, "clock": clocks}.items()]
     with running([*generator, *words], cores.client) as process:
         found = _line(process)
         if error := found.pop("error"):
             raise Failure(error)
-        memory = private_memory(server) if server and can_tell_memory() else None
+        memory = private_memory(*server) if server and can_tell_memory() else None
         process.communicate()  # ends its stdin, and waits
         return Found(**found, memory=memory)
 

@@ -22,7 +22,8 @@ COMPILERS = (os.environ.get("CC") or "cc", "gcc", "clang")
 
 LAST_WORDS = 0.5  #: seconds for a program that failed to end by itself, and say why
 
-LISTENS = re.compile(r"listening on 127\.0\.0\.1:(\d+)")
+#: A server's first line; those of several processes name them.
+LISTENS = re.compile(r"listening on 127\.0\.0\.1:(\d+)(?: \(.* workers?: (\d+(?:, \d+)*))?")
 
 
 class Cores(NamedTuple):
@@ -95,14 +96,15 @@ def running(command: Sequence[str], core: int | None) -> Iterator[subprocess.Pop
             process.communicate()
 
 
-def port_of(server: subprocess.Popen[str]) -> int:
-    """Where a server says that it listens, in its first line. Failure: it does not."""
+def where(server: subprocess.Popen[str]) -> tuple[int, list[int]]:
+    """The port on which a server says that it listens, in its first line, and the processes that serve. Failure: it
+    does not."""
     assert server.stdout is not None
     line = server.stdout.readline()
     found = LISTENS.search(line)
     if not found:
         raise Failure("the server did not start")
-    return int(found[1])
+    return int(found[1]), [int(pid) for pid in found[2].split(", ")] if found[2] else [server.pid]
 
 
 def cpu_clock(pid: int = 0) -> int:
@@ -122,9 +124,10 @@ def can_tell_memory() -> bool:
     return os.path.exists("/proc/self/smaps_rollup")
 
 
-def private_memory(pid: int) -> int:
-    """How many bytes of memory a process has for itself alone: Private_* of proc_pid_smaps_rollup(5)."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii", errors="replace").splitlines()
+def private_memory(*pids: int) -> int:
+    """How many bytes of memory processes have for themselves alone: Private_* of proc_pid_smaps_rollup(5)."""
+    files = (Path(f"/proc/{pid}/smaps_rollup") for pid in pids)
+    lines = [line for file in files for line in file.read_text(encoding="ascii", errors="replace").splitlines()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
 
 
