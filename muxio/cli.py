@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import muxio
@@ -306,7 +307,7 @@ def _serve(options: argparse.Namespace) -> int:
     from muxio.server.limits import Limits, Timeouts
     from muxio.server.report import format_address
     from muxio.server.serve import serve
-    from muxio.server.sockets import inherited
+    from muxio.server.sockets import Address, inherited
     from muxio.server.systemd import listen_fds
 
     given = vars(options)
@@ -319,20 +320,24 @@ def _serve(options: argparse.Namespace) -> int:
             if len(handed_over) > 1:
                 raise ValueError(f"{len(handed_over)} sockets were handed over: say which, as in fd:{min(handed_over)}")
             address = min(handed_over, default=_address(DEFAULT_ADDRESS))
-        summary = serve(
-            inherited(address) if isinstance(address, int) else address,
-            backend=options.backend,
-            threads=options.threads,
-            workers=options.workers,
-            worker_threads=options.worker_threads,
-            quiet=options.quiet,
-            live=options.live,
-            drain=math.inf if options.drain is None else options.drain,
-            retire=math.inf if options.retire is None else options.retire,
-            timeouts=Timeouts(**timeouts) if timeouts else None,
-            limits=Limits(**limits) if limits else None,
-            log_format=options.log_format,
-        )
+        place: AbstractContextManager[Address] = nullcontext(address)
+        if isinstance(address, int):
+            place = inherited(address)
+        with place as address_or_socket:
+            summary = serve(
+                address_or_socket,
+                backend=options.backend,
+                threads=options.threads,
+                workers=options.workers,
+                worker_threads=options.worker_threads,
+                quiet=options.quiet,
+                live=options.live,
+                drain=math.inf if options.drain is None else options.drain,
+                retire=math.inf if options.retire is None else options.retire,
+                timeouts=Timeouts(**timeouts) if timeouts else None,
+                limits=Limits(**limits) if limits else None,
+                log_format=options.log_format,
+            )
     except ChildProcessError as error:  # its traceback is on stderr already
         _complain("serve", str(error))
         return FAILED

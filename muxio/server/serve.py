@@ -121,7 +121,7 @@ def serve(
 
     with _logging(log_format):
         if threads:
-            summary = _serve_by_threads(address, None if quiet else tell, tell)
+            summary = _serve_by_threads(address, None if quiet else tell, tell, notifier)
         else:
             order = Order(
                 factory, backend, timeouts, limits, offload, drain, None if quiet or live else say, log_format
@@ -264,11 +264,16 @@ def _logging(log_format: LogFormat) -> Iterator[None]:
         logging.getLogger("muxio").removeHandler(handler)
 
 
-def _serve_by_threads(address: Address, say: Say | None, tell: Say) -> Summary:
+def _serve_by_threads(address: Address, say: Say | None, tell: Say, notifier: Notifier) -> Summary:
     tally = _Tally(say)
     began = time.monotonic()
     server = ThreadedServer(address, report=tally.add)
-    with server, handled(dict.fromkeys(STOP, server.shutdown), server.wakeup_fd()):
+
+    def stop() -> None:
+        notifier.stopping()
+        server.shutdown()
+
+    with server, handled(dict.fromkeys(STOP, stop), server.wakeup_fd()):
         tell(listening(server.server_address, "a thread per connection"))
         server.serve_forever()
     return Summary(tally.connections, tally.bytes_in, tally.bytes_out, time.monotonic() - began)

@@ -50,7 +50,7 @@ def listen(address: Address, backlog: int) -> socket.socket:
     """
     if isinstance(address, socket.socket):
         listener = address
-        if not listener.type & socket.SOCK_STREAM:
+        if listener.type != socket.SOCK_STREAM:
             raise ValueError(f"only a stream socket can be listened on, not {listener!r}")
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             listener.listen(backlog)

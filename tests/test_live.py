@@ -1,0 +1,296 @@
+"""What a server shows of itself: figures, the live view, statistics on demand, lines for machines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from churn import churning
+from helpers import wait_until
+from programs import TIMEOUT, echo, muxio_command, run, serving
+
+from muxio.server.server import Stats
+from muxio.server.statistics import Watch, WorkerStats, of_bytes, statistics
+
+if sys.platform == "win32":
+    pytest.skip("Windows has no signals for one process, and no pty", allow_module_level=True)
+
+NOTHING = Stats.total([])
+
+WAYS = {"alone": (), "workers": ("--workers", "2"), "worker threads": ("--workers", "2", "--worker-threads")}
+
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+# Figures
+
+
+def worker(name: str, pid: int = 1, **counts: Any) -> WorkerStats:
+    return WorkerStats(name, pid, "serving", NOTHING._replace(**counts))
+
+
+def test_rates_are_those_since_the_last_look() -> None:
+    watch = Watch(began=100.0)
+    one, everybody = watch.look(102.0, [worker("1", accepted=4, received=10, bytes_in=200, bytes_out=100)], NOTHING)
+    assert (one.accepts, one.echoes, one.bytes_in, one.bytes_out) == (2.0, 5.0, 100.0, 50.0)
+    one, everybody = watch.look(102.5, [worker("1", accepted=4, received=20, bytes_in=200, bytes_out=100)], NOTHING)
+    assert (one.accepts, one.echoes, one.bytes_in, everybody.echoes) == (0.0, 20.0, 0.0, 20.0)
+
+
+def test_all_together_are_the_sums_and_the_worst_lag() -> None:
+    one = worker("1", 7, connections=3, buffered=10, lag=0.5, reset=1)
+    other = worker("2", 8, connections=4, lag=0.1, failed=2)
+    gone = NOTHING._replace(timed_out=5, refused=1, accepted=99)
+    *_, everybody = Watch(0.0).look(1.0, [one, other], gone)
+    assert (everybody.worker, everybody.pid, everybody.connections, everybody.buffered) == ("all", None, 7, 10)
+    assert (everybody.lag, everybody.timed_out, everybody.errors) == (0.5, 5, 4)
+
+
+def test_a_successor_begins_at_nothing_and_not_at_what_its_predecessor_had() -> None:
+    watch = Watch(0.0)
+    watch.look(1.0, [worker("1", 7, received=1000)], NOTHING)
+    one, everybody = watch.look(2.0, [worker("1", 8, received=10)], NOTHING)
+    assert (one.echoes, everybody.echoes) == (10.0, 10.0)
+
+
+def test_without_workers_there_is_a_line_for_all() -> None:
+    (everybody,) = Watch(0.0).look(1.0, [], NOTHING)
+    assert (everybody.worker, everybody.connections, everybody.lag) == ("all", 0, 0.0)
+    assert statistics([everybody]).startswith("0 workers, 0 connected")
+
+
+def test_totals_of_stats_are_sums_and_the_worst_lag() -> None:
+    total = Stats.total([NOTHING._replace(connections=1, lag=0.25), NOTHING._replace(connections=2, lag=0.5)])
+    assert total == NOTHING._replace(connections=3, lag=0.5)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1.0 kB"),
+        (1000, "1.0 kB"),
+        (99_949, "99.9 kB"),
+        (99_950, "100 kB"),
+        (5_240_000, "5.2 MB"),
+        (7e9, "7.0 GB"),
+        (5e15, "5000 TB"),
+    ],
+)
+def test_bytes_for_people(number: float, text: str) -> None:
+    assert of_bytes(number) == text
+
+
+# Lines
+
+LINE = (
+    r"{who}(\d+) connected, [\d,]+ accepts/s, ([\d,]+) echoes/s, [\d.]+ .?B/s in, [\d.]+ .?B/s out, "
+    r"\d+ B buffered, lag [\d.]+ ms, (\d+) timed out, (\d+) errors"
+)
+
+
+def line_of(way: tuple[str, ...]) -> str:
+    return LINE.format(who="2 workers, " if way else "")
+
+
+@every_way
+def test_live_is_a_line_a_second_without_a_terminal(way: tuple[str, ...]) -> None:
+    with serving(*way, "--live") as served, churning(served.address, 5) as churn:
+        served.wait_for(line_of(way), 2)
+        assert churn.failures == []
+        busiest = [re.fullmatch(line_of(way), line) for line in served.wait_for(line_of(way), 3)]
+        assert max(int(found[2].replace(",", "")) for found in busiest if found) > 0
+        churn.stopping = True
+        wait_until(lambda: len(churn.poller) == 0, TIMEOUT)
+        lines = served.stop()
+        assert not any(line.startswith("127.0.0.1") for line in lines)  # --live is quiet
+
+
+@every_way
+def test_a_signal_tells_the_statistics_once(way: tuple[str, ...]) -> None:
+    with serving(*way, "-q") as served:
+        echo(served.address)
+        served.process.send_signal(signal.SIGUSR1)
+        served.wait_for(line_of(way))
+        served.process.send_signal(signal.SIGUSR1)
+        served.wait_for(line_of(way), 2)
+        lines = served.stop()
+        assert sum(bool(re.fullmatch(line_of(way), line)) for line in lines) == 2
+
+
+# For machines
+
+
+@contextmanager
+def talking_json(*way: str) -> Iterator[tuple[Any, Callable[[str], dict[str, Any]]]]:
+    """A server that talks JSON, and what waits for an event of its."""
+    import subprocess
+
+    command = muxio_command("serve", "127.0.0.1:0", "--log-format", "json", *way)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        stdout = process.stdout
+
+        def event(name: str) -> dict[str, Any]:
+            for line in stdout:
+                found: dict[str, Any] = json.loads(line)
+                assert list(found)[:3] == ["time", "event", "message"]
+                assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found["time"])
+                if found["event"] == name:
+                    return found
+            raise AssertionError(f"no {name} until the end")
+
+        try:
+            yield process, event
+        finally:
+            process.kill()
+
+
+@every_way
+def test_every_line_is_json(way: tuple[str, ...]) -> None:
+    with talking_json(*way) as (process, event):
+        listening = event("listening")
+        host, port = listening["address"].rsplit(":", 1)
+        echo((host, int(port)), b"hello")
+        connection = event("connection")
+        assert (connection["bytes_in"], connection["bytes_out"], connection["error"]) == (5, 5, None)
+        assert connection.get("worker") in (("1", "2") if way else (None,))
+        process.send_signal(signal.SIGUSR1)
+        figures = event("statistics")
+        assert (figures["connections"], len(figures["workers"])) == (0, 2 if way else 1)
+        process.send_signal(signal.SIGTERM)
+        stopped = event("stopped")
+        assert (stopped["connections"], stopped["bytes_in"], stopped["cut"]) == (1, 5, 0)
+        assert process.wait(TIMEOUT) == 0
+        assert process.stderr.read() == ""
+
+
+def test_what_is_logged_is_json_as_well() -> None:
+    with talking_json("--workers", "1") as (process, event):
+        event("listening")
+        process.kill()
+        found = json.loads(process.stderr.readline())
+        assert (found["event"], found["level"], found["logger"]) == ("log", "warning", "muxio.server")
+        assert "supervisor is gone" in found["message"]
+
+
+def test_an_exception_that_is_logged_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from muxio.server.notices import log_as_json
+
+    handler = log_as_json()
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError:
+        logging.getLogger("muxio.server").exception("it failed: %s", "badly")
+    finally:
+        logging.getLogger("muxio").removeHandler(handler)
+    found = json.loads(capsys.readouterr().err)
+    assert (found["message"], found["level"]) == ("it failed: badly", "error")
+    assert "ZeroDivisionError" in found["exception"]
+
+
+# On a terminal
+
+
+class Terminal:
+    """A pseudo-terminal, and what was written to it."""
+
+    def __init__(self, *arguments: str, before: str = "") -> None:
+        import pty
+        import subprocess
+
+        self.ours, theirs = pty.openpty()
+        program = f"{before}\nimport sys\nfrom muxio.cli import main\nsys.exit(main(sys.argv[1:]))"
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140", "LINES": "40"}
+        command = [sys.executable, "-W", "error", "-c", program, "serve", "127.0.0.1:0", "--live", *arguments]
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+        os.close(theirs)
+        os.set_blocking(self.ours, False)
+        self._written = b""
+
+    def text(self) -> str:
+        """All of it, without what moves and colours."""
+        try:
+            while data := os.read(self.ours, 65_536):
+                self._written += data
+        except OSError:  # nothing more for now; EIO at the end
+            pass
+        return re.sub(
+            r"\x1b\[[0-9;?]*[A-Za-z]", "", self._written.decode(errors="replace")
+        )  # it may end within a letter
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        found = wait_until(lambda: re.search(pattern, self.text()), TIMEOUT, f"{pattern!r} on the terminal")
+        assert found
+        return found
+
+    def stop(self) -> str:
+        self.process.send_signal(signal.SIGINT)
+        wait_until(lambda: [self.text(), self.process.poll() is not None][1], TIMEOUT)
+        return self.text()
+
+
+@contextmanager
+def terminal(*arguments: str, before: str = "") -> Iterator[Terminal]:
+    shown = Terminal(*arguments, before=before)
+    try:
+        yield shown
+    finally:
+        shown.process.kill()
+        shown.process.wait()
+        os.close(shown.ours)
+
+
+needs_rich = pytest.mark.skipif(importlib.util.find_spec("rich") is None, reason="rich is not installed")
+
+
+@needs_rich
+def test_a_terminal_shows_a_table_with_a_row_for_each_worker_and_one_for_all() -> None:
+    with terminal("--workers", "2") as shown:
+        address = shown.wait_for(r"listening on 127\.0\.0\.1:(\d+)")
+        shown.wait_for(r"worker +┃ +pid ┃ state +┃ connections ┃ accepts/s ┃ echoes/s ┃")
+        with churning(("127.0.0.1", int(address[1])), 5):
+            shown.wait_for(r"│ all +│ +│ +│ +\d+ │ +[\d,]+ │ +[1-9][\d,]* │")
+        for number in "12":
+            shown.wait_for(rf"│ {number} +│ +\d+ │ serving │")
+        text = shown.stop()
+        assert shown.process.returncode == 0
+        assert re.search(r"[\d,]+ connections, [\d,]+ B in, [\d,]+ B out", text)
+        assert "timed out," not in text  # no lines beside it
+
+
+@needs_rich
+def test_what_happens_to_workers_stands_above_the_table() -> None:
+    with terminal("--workers", "2") as shown:
+        victim = shown.wait_for(r"workers: (\d+), \d+")[1]
+        shown.wait_for("┃")
+        os.kill(int(victim), signal.SIGKILL)
+        shown.wait_for(rf"worker 1 \(pid {victim}\) was killed by SIGKILL")
+        shown.wait_for(r"worker 1 \(pid \d+\) serves")
+        assert shown.stop()
+
+
+def test_without_rich_a_terminal_shows_lines_and_how_to_get_the_table() -> None:
+    with terminal(before="import sys; sys.modules['rich'] = None; sys.modules['rich.live'] = None") as shown:
+        shown.wait_for(r"python -m pip install 'muxio\[live\]'")
+        shown.wait_for("0 connected, 0 accepts/s")
+        shown.stop()
+        assert shown.process.returncode == 0
+
+
+def test_help_names_the_exit_statuses() -> None:
+    text = " ".join(run("serve", "--help").stdout.split())
+    for option in ("--workers N", "--worker-threads", "--live", "--log-format", "--retire", "fd:N", "unix:PATH"):
+        assert option in text
+    assert "exit status: 0 if all clients came to their end, 3 if some were cut" in text
