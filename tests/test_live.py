@@ -271,6 +271,24 @@ def test_a_terminal_shows_a_table_with_a_row_for_each_worker_and_one_for_all() -
 
 
 @needs_rich
+def test_the_table_fits_a_narrow_terminal() -> None:
+    from rich.console import Console
+
+    from muxio.server.live import table
+
+    figures = Watch(0.0).look(1.0, [worker("1", 12345, received=123_456, bytes_in=10**8), worker("2")], NOTHING)
+    for width, names in ((80, False), (121, True)):
+        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        with console.file:
+            console.print(table("title", figures, width))
+            lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        assert "123,456" in "".join(lines)
+        assert "…" not in "".join(lines)
+        assert ("buffered" in "".join(lines)) == names
+
+
+@needs_rich
 def test_what_happens_to_workers_stands_above_the_table() -> None:
     with terminal("--workers", "2") as shown:
         victim = shown.wait_for(r"workers: (\d+), \d+")[1]

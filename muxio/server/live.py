@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from typing import TYPE_CHECKING
 from typing import Protocol as Interface
 
@@ -58,24 +59,30 @@ class _Terminal:
         self._live.start()
 
     def show(self, figures: Sequence[Figures]) -> None:
-        self._live.update(table(self._title, figures), refresh=True)
+        self._live.update(table(self._title, figures, self._live.console.width), refresh=True)
 
     def close(self) -> None:
         self._live.stop()
 
 
-def table(title: str, figures: Sequence[Figures]) -> Table:
-    """The table of rich: a row a worker, and one for all if they are several."""
+def table(title: str, figures: Sequence[Figures], width: int) -> Table:
+    """The table of rich: a row a worker, and one for all if they are several. A narrow one has fewer columns."""
     from rich.table import Table
 
     *workers, everybody = figures
-    found = Table(title=title, title_justify="left", show_footer=len(workers) != 1)
-    for name, footer in zip(_COLUMNS, _cells(everybody), strict=True):
+    wide = width >= _WIDE
+    shown = [name not in _FOR_WIDE or wide for name in _COLUMNS]
+    found = Table(title=title, title_justify="left", show_footer=len(workers) != 1, padding=(0, 1) if wide else (0, 0))
+    for name, footer in compress(zip(_COLUMNS, _cells(everybody), strict=True), shown):
         found.add_column(name, footer, justify="left" if name in _WORDS else "right", no_wrap=True)
     for each in workers:
-        found.add_row(*_cells(each), style=None if each.state == "serving" else "dim")
+        found.add_row(*compress(_cells(each), shown), style=None if each.state == "serving" else "dim")
     return found
 
+
+#: What is left out on terminals of fewer columns than all of it takes; the rest fits into 80.
+_FOR_WIDE = ("pid", "state", "buffered")
+_WIDE = 121
 
 _WORDS = ("worker", "state")
 _COLUMNS = (
