@@ -277,7 +277,7 @@ def test_the_table_fits_a_narrow_terminal() -> None:
     from muxio.server.live import table
 
     figures = Watch(0.0).look(1.0, [worker("1", 12345, received=123_456, bytes_in=10**8), worker("2")], NOTHING)
-    for width, names in ((80, False), (121, True)):
+    for width, names in ((80, False), (130, True)):
         console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
         with console.file:
             console.print(table("title", figures, width))

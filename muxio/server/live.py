@@ -82,7 +82,7 @@ def table(title: str, figures: Sequence[Figures], width: int) -> Table:
 
 #: What is left out on terminals of fewer columns than all of it takes; the rest fits into 80.
 _FOR_WIDE = ("pid", "state", "buffered")
-_WIDE = 121
+_WIDE = 130
 
 _WORDS = ("worker", "state")
 _COLUMNS = (
