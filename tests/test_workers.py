@@ -363,8 +363,9 @@ def test_workers_whose_supervisor_was_killed_end_and_free_the_address(address: s
 def test_a_stopped_worker_is_killed_when_it_does_not_drain() -> None:
     with serving(*TWO, "--drain", "10ms") as served:
         os.kill(served.pids[0], signal.SIGSTOP)
-        lines = served.stop(signal.SIGTERM)
+        lines = served.stop(signal.SIGTERM, status=3)
         assert any(re.fullmatch(r"worker 1 \(pid \d+\) does not end, and is killed", line) for line in lines)
+        assert lines[-1].endswith("0 drained, 1 cut")  # that nobody was connected is not known
 
 
 def test_a_port_that_other_workers_share_is_in_use_all_the_same() -> None:

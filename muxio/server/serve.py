@@ -82,7 +82,8 @@ def serve(
     importable (a class or a function of a module), and a script that calls this does so under ``if __name__ ==
     "__main__"``. One that dies is replaced. SIGHUP replaces all, one after the other, by processes that import
     the code of that day; nobody is refused or reset meanwhile.
-    worker_threads: let workers be threads of this process, for a Python without a GIL. SIGHUP does nothing for them.
+    worker_threads: let workers be threads of this process, for a Python without a GIL. SIGHUP ends the process, as it
+    does with one server.
     quiet: no line for each connection.
     live: show once a second what goes on: a table on a terminal (with ``muxio[live]``), else a line. It is quiet, too.
     drain: after the first signal, how many seconds connections get to come to their end (`Server.shutdown`). A second

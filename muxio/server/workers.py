@@ -334,7 +334,11 @@ class Workers:
             return
         worker.process.close()
         self._workers.discard(worker)
-        self.gone = Stats.total([self.gone, worker.stats._replace(connections=0, buffered=0, lag=0.0)])
+        last = worker.stats
+        if status != 0 and self._stopping:
+            # It was killed, or died: whom it had is not known, but that somebody was cut is the safer thing to say.
+            last = last._replace(cut=last.cut + max(1, last.connections))
+        self.gone = Stats.total([self.gone, last._replace(connections=0, buffered=0, jobs=0, lag=0.0)])
         self._answered(worker)
         if status != 0 or not (retiring or self._stopping):
             self._mourn(worker, status, retiring)
