@@ -122,8 +122,9 @@ class Workers:
         #: The places that are still to be renewed, the one that is first; None: nobody asked.
         self._reload: deque[Place] | None = None
         self._reload_again = False
-        #: Who wants to see the statistics, and who still has to tell his.
+        #: Who wants to see the statistics, what each worker told, and who still has to.
         self._looks: list[Callable[[Sequence[WorkerStats]], object]] = []
+        self._seen: dict[Worker, WorkerStats] = {}
         self._asked: set[Worker] = set()
         #: What those have counted who are no more.
         self.gone = Stats.total([])
@@ -180,6 +181,7 @@ class Workers:
             self._finish_looks()
         self._looks.append(then)
         self._asked = {worker for worker in self._workers if worker.state in (State.SERVING, State.RETIRING)}
+        self._seen = {worker: _row(worker) for worker in self._asked}
         for worker in self._asked:
             worker.channel.send("stats")
         if not self._asked:
@@ -284,16 +286,15 @@ class Workers:
                 self._start_again(worker.place)
 
     def _answered(self, worker: Worker) -> None:
-        self._asked.discard(worker)
+        """It has told what was asked, or will not any more. What comes later is for the next look."""
+        if worker in self._asked:
+            self._asked.discard(worker)
+            self._seen[worker] = _row(worker)
         if self._looks and not self._asked:
             self._finish_looks()
 
     def _finish_looks(self) -> None:
-        rows = [
-            WorkerStats(worker.place.name, worker.pid, worker.state.value, worker.stats)
-            for worker in sorted(self._workers, key=lambda worker: (int(worker.place.name), worker.since))
-            if worker.state in (State.SERVING, State.RETIRING)
-        ]
+        rows = sorted(self._seen.values(), key=lambda row: (int(row.worker), row.state, row.pid))
         looks, self._looks = self._looks, []
         for then in looks:
             then(rows)
@@ -381,6 +382,10 @@ class Workers:
 
 def _workers(count: int) -> str:
     return "1 worker" if count == 1 else f"{count} workers"
+
+
+def _row(worker: Worker) -> WorkerStats:
+    return WorkerStats(worker.place.name, worker.pid, worker.state.value, worker.stats)
 
 
 def _list(pids: list[int]) -> str:
