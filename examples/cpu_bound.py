@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from muxio.server import Job, Loop, Offload, Protocol, Server
+from muxio.server import Job, Loop, Offload, Protocol, Server, Transport
 
 LIGHT_CLIENTS = 20
 PAUSE = 0.01  # seconds between two lines of a light client
@@ -54,6 +54,10 @@ class Light(Protocol):
     def __init__(self, latencies: list[float]) -> None:
         self.latencies = latencies
 
+    def connection_made(self, transport: Transport) -> None:
+        super().connection_made(transport)
+        self.send()
+
     def data_received(self, data: bytes) -> None:
         self.latencies.append(time.perf_counter() - self.sent)
         self.transport.loop.call_later(PAUSE, self.send)
@@ -66,6 +70,10 @@ class Light(Protocol):
 class Heavy(Protocol):
     """Asks for one prime after another."""
 
+    def connection_made(self, transport: Transport) -> None:
+        super().connection_made(transport)
+        transport.write(b"prime?\n")
+
     def data_received(self, data: bytes) -> None:
         self.transport.write(b"prime?\n")
 
@@ -77,12 +85,13 @@ def measure(port: int, seconds: float, found: Connection) -> None:
     for client in clients:
         loop.connect(address, lambda client=client: client)  # type: ignore[misc]
 
-    def begin() -> None:
-        for client in clients:
-            client.transport.write(b"prime?\n") if isinstance(client, Heavy) else client.send()
+    def end() -> None:
+        if latencies:
+            loop.stop()
+        else:  # the first echo takes longer than all was to take
+            loop.call_later(0.1, end)
 
-    loop.call_later(0.1, begin)
-    loop.call_later(0.1 + seconds, loop.stop)
+    loop.call_later(seconds, end)
     loop.run()
     loop.end_clients()
     loop.run_once()
