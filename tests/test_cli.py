@@ -102,7 +102,7 @@ def test_info_tells_what_works_what_does_not_and_why() -> None:
     assert muxio.__version__ in result.stdout
     assert "open files" in result.stdout
     assert "backlog" in result.stdout
-    for name in ("epoll", "kqueue", "poll", "select"):
+    for name in ("epoll", "kqueue", "poll", "select", "afd"):
         (line,) = (line for line in result.stdout.splitlines() if re.search(rf"\b{name} ", line))
         assert ("works" in line) == (name in muxio.backends())
         assert ("chosen" in line) == (name == muxio.backends()[0])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from muxio.backends.facility import Facility
 
-#: Best first. A name stands here if muxio knows the facility, whether or not this system has it.
-NAMES = ("epoll", "kqueue", "poll", "select")
+#: Best first. A name stands here if muxio knows the facility, whether or not this system has it. AFD is better than
+#: select, but not the default on Windows as long as nothing but the conformance suite has run on it, on Wine.
+NAMES = ("epoll", "kqueue", "poll", "select", "afd")
 
 
 def open_backend(name: str) -> Facility:
