@@ -291,7 +291,7 @@ def _address(text: str) -> tuple[str, int] | str | int:
         return int(port)
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
-        if not path:
+        if path in ("", "@"):
             raise argparse.ArgumentTypeError(f"{text!r} has no path")
         return "\0" + path[1:] if path.startswith("@") else path
     if host.startswith("[") and host.endswith("]"):

@@ -18,7 +18,8 @@ from helpers import serving as serving_in_a_thread
 from programs import TIMEOUT, connect, echo, muxio_command, run, serving
 
 from muxio.server import EchoProtocol, Limits, Server, ThreadedServer, serve
-from muxio.server.sockets import resolve
+from muxio.server.listener import ACCEPT_BATCH
+from muxio.server.sockets import file_of, listen, remove_file, resolve
 
 if sys.platform == "win32":
     pytest.skip("Windows hands over no descriptors, and Python has no Unix sockets there", allow_module_level=True)
@@ -54,11 +55,18 @@ def test_ipv6(way: tuple[str, ...]) -> None:
 @every_way
 def test_a_unix_socket(way: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / "echo"
+    leave_behind(path)
     with serving(*way, "-q", address=f"unix:{path}") as served:
         for _ in range(4):
             echo(str(path))
         served.stop()
-    assert path.exists() == ("--threads" in way)  # the oracle leaves it, as socketserver does
+    assert not path.exists()
+
+
+def leave_behind(path: Path) -> None:
+    """The file of a Unix socket that nobody listens on."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
 
 
 @linux
@@ -68,14 +76,23 @@ def test_an_abstract_name(way: tuple[str, ...], tmp_path: Path) -> None:
     with serving(*way, "-q", address=f"unix:@{name}") as served:
         assert served.first.startswith(f"listening on @{name} ")
         echo(f"\0{name}")
+        again = run("serve", f"unix:@{name}", *way)
+        assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+        assert again.stderr.startswith(f"muxio serve: cannot serve at @{name}: ")
         served.stop()
 
 
 @every_way
-def test_an_inherited_listener(way: tuple[str, ...], listener: socket.socket) -> None:
+def test_an_inherited_listener_and_who_waits_at_it_already(way: tuple[str, ...], listener: socket.socket) -> None:
     fd = listener.fileno()
-    with serving(*way, "-q", address=f"fd:{fd}", pass_fds=[fd]) as served:
+    with (
+        connect(listener.getsockname()) as waiting,
+        serving(*way, "-q", address=f"fd:{fd}", pass_fds=[fd]) as served,
+    ):
         assert served.address == listener.getsockname()
+        waiting.sendall(b"x")
+        assert waiting.recv(1) == b"x"
+        waiting.close()
         for _ in range(4):
             echo(served.address)
         served.stop()
@@ -117,8 +134,7 @@ def test_a_socket_is_nothing_to_connect_to(listener: socket.socket) -> None:
 
 def test_a_file_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "echo"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
+    leave_behind(path)
     with serving_in_a_thread(Server(str(path), EchoProtocol)):
         echo(str(path))
     assert not path.exists()
@@ -130,6 +146,24 @@ def test_a_socket_that_somebody_listens_on_is_in_use(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"[Ii]n use"):
             Server(path, EchoProtocol)
         echo(path)
+
+
+@every_way
+def test_what_is_not_ours_is_left_alone(way: tuple[str, ...], tmp_path: Path) -> None:
+    text, datagrams = tmp_path / "text", tmp_path / "datagrams"
+    text.write_text("precious")
+    with (
+        serving_in_a_thread(Server(str(tmp_path / "live"), EchoProtocol)) as live,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
+    ):
+        sock.bind(str(datagrams))
+        for path in (live, text, datagrams):
+            done = run("serve", f"unix:{path}", *way)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+            assert "in use" in done.stderr
+        echo(live)
+        assert datagrams.exists()
+    assert text.read_text() == "precious"
 
 
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
@@ -148,6 +182,20 @@ def test_a_file_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> N
     assert path.read_text() == "another"
 
 
+def test_a_file_with_the_inode_of_ours_may_be_somebody_elses(tmp_path: Path) -> None:
+    """A server that drains has closed its listener, and so freed the inode: who comes after it may get that."""
+    path = str(tmp_path / "echo")
+    with listen(path, 1) as listener:
+        ours = file_of(listener)
+        os.utime(path, ns=(0, 0))
+        remove_file(ours)
+        assert os.path.exists(path)
+        remove_file(file_of(listener))
+        assert not os.path.exists(path)
+        assert file_of(listener) is None
+        remove_file(ours)  # gone, which is as well
+
+
 # Bad input
 
 
@@ -155,9 +203,11 @@ def test_a_file_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> N
     ("address", "says"),
     [
         ("fd:99", "fd:99"),
+        ("fd:99999999999999999999", "Bad file descriptor"),
         ("fd:0", "fd:0"),
         ("fd:x", "fd:3"),
         ("unix:", "no path"),
+        ("unix:@", "no path"),
         ("unix:/no/such/directory/echo", "/no/such/directory/echo"),
     ],
 )
@@ -168,11 +218,12 @@ def test_bad_addresses_are_one_line_on_stderr_and_status_2(address: str, says: s
         assert says in done.stderr
 
 
+@every_way
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET], ids=["datagrams", "packets"])
-def test_an_inherited_socket_that_is_no_stream_is_told(kind: int) -> None:
+def test_an_inherited_socket_that_is_no_stream_is_told(kind: int, way: tuple[str, ...]) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     with ours, theirs:
-        command = muxio_command("serve", f"fd:{theirs.fileno()}")
+        command = muxio_command("serve", f"fd:{theirs.fileno()}", *way)
         done = subprocess.run(command, pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "stream" in done.stderr
@@ -207,6 +258,28 @@ def test_servers_that_share_a_listener_serve_everybody_and_rest_when_they_are_fu
             client.close()
         for client in clients[4:]:
             assert client.recv(1) == b"x"  # there is room, so whoever rested goes on
+
+
+def test_who_is_full_leaves_peers_to_those_who_are_not(backend: str, listener: socket.socket) -> None:
+    """Full after exactly one batch: while it is watching all the same, EXCLUSIVE may wake it and nobody else."""
+    full, other = (
+        Server(listener.dup(), EchoProtocol, backend=backend, shared=True, limits=Limits(connections=ACCEPT_BATCH))
+        for _ in range(2)
+    )
+    with other, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(listener.getsockname())) for _ in range(ACCEPT_BATCH)]
+        stack.enter_context(serving_in_a_thread(full))
+        for client in clients:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        stack.enter_context(serving_in_a_thread(other))
+        looked = threading.Event()
+        other.loop.call_soon_threadsafe(looked.set)
+        assert looked.wait(TIMEOUT)  # those 64 were news to it until then
+        late = stack.enter_context(connect(listener.getsockname()))
+        late.sendall(b"x")
+        assert late.recv(1) == b"x"
+        assert (full.stats().connections, other.stats().connections) == (ACCEPT_BATCH, 1)
 
 
 def test_a_retiring_server_leaves_who_waits_to_the_others(backend: str, listener: socket.socket) -> None:

@@ -75,9 +75,13 @@ def is_open(fd: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("workers", [(), ("--workers", "2")], ids=["alone", "workers"])
-def test_a_socket_that_is_handed_over_is_served_without_being_named(workers: tuple[str, ...]) -> None:
-    with descriptor_3() as listener, running(handing_over(1, "-q", *workers), pass_fds=[3]) as served:
+@pytest.mark.parametrize(
+    "way",
+    [(), ("--threads",), ("--workers", "2"), ("--workers", "2", "--worker-threads")],
+    ids=["alone", "threads", "workers", "worker threads"],
+)
+def test_a_socket_that_is_handed_over_is_served_without_being_named(way: tuple[str, ...]) -> None:
+    with descriptor_3() as listener, running(handing_over(1, "-q", *way), pass_fds=[3]) as served:
         assert served.address == listener.getsockname()
         echo(served.address)
         served.stop()
@@ -170,6 +174,7 @@ def test_socket_activation_by_systemd(workers: tuple[str, ...], tmp_path: Path) 
         finally:
             process.kill()
     assert process.returncode == 0, errors
+    assert os.path.exists(path)  # the manager's file, who may start the service again
     assert re.search(r"^2 connections, 25 B in, 25 B out", output, re.MULTILINE)
 
 

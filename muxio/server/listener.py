@@ -75,6 +75,8 @@ class Listener:
                 return
             if not self._accept():
                 return
+        if self._full():  # now, not when it is woken for a peer: of those that share the socket, only it would be
+            self._pause()
 
     def failed(self, error: Exception) -> None:
         """What `ready` raised, which it does not expect to."""

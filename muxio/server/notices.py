@@ -20,7 +20,7 @@ class Notice(str):
     """A line for people, which also knows what it is about.
 
     event: what kind of thing happened: ``listening``, ``connection``, ``stopping``, ``worker``, ``reload``,
-    ``statistics``, ``stopped``.
+    ``reloaded``, ``statistics``, ``hint``, ``stopped``.
     fields: the figures and names in it, as JSON has them.
     """
 
@@ -77,11 +77,16 @@ def log_as_json() -> logging.Handler:
 
 
 def _write(notice: Notice) -> None:
-    print(notice, flush=True)
+    _write_line(str(notice))
 
 
 def _write_json(notice: Notice) -> None:
-    print(_line(datetime.now(timezone.utc), notice.event, str(notice), notice.fields), flush=True)
+    _write_line(_line(datetime.now(timezone.utc), notice.event, str(notice), notice.fields))
+
+
+def _write_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")  # print() writes twice when Python does not buffer (-u), and workers come between
+    sys.stdout.flush()
 
 
 def _line(when: datetime, event: str, message: str, fields: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ def format_address(address: Any) -> str:
     if isinstance(address, bytes):
         return address.decode("utf-8", "backslashreplace").replace("\0", "@")
     if isinstance(address, str) or address is None:
-        return address or "unix"
+        return (address or "unix").replace("\0", "@")
     return str(address)
 
 

@@ -22,9 +22,9 @@ from muxio.server.notices import LogFormat, Notice, Say, listening, log_as_json,
 from muxio.server.offload import Offload
 from muxio.server.protocol import EchoProtocol
 from muxio.server.report import ConnectionReport
-from muxio.server.server import Stats
+from muxio.server.server import BACKLOG, Stats
 from muxio.server.signals import RELOAD, STATISTICS, STOP, handled
-from muxio.server.sockets import Address
+from muxio.server.sockets import Address, file_of, listen, remove_file
 from muxio.server.statistics import Watch, WorkerStats, statistics
 from muxio.server.systemd import Notifier
 from muxio.server.threaded import ThreadedServer
@@ -268,15 +268,20 @@ def _logging(log_format: LogFormat) -> Iterator[None]:
 def _serve_by_threads(address: Address, say: Say | None, tell: Say, notifier: Notifier) -> Summary:
     tally = _Tally(say)
     began = time.monotonic()
-    server = ThreadedServer(address, report=tally.add)
+    listener = listen(address, BACKLOG)  # as the others do: ThreadedServer leaves the files of Unix sockets as they are
+    file = file_of(listener) if isinstance(address, str) else None
+    server = ThreadedServer(listener, report=tally.add)
 
     def stop() -> None:
         notifier.stopping()
         server.shutdown()
 
-    with server, handled(dict.fromkeys(STOP, stop), server.wakeup_fd()):
-        tell(listening(server.server_address, "a thread per connection"))
-        server.serve_forever()
+    try:
+        with server, handled(dict.fromkeys(STOP, stop), server.wakeup_fd()):
+            tell(listening(server.server_address, "a thread per connection"))
+            server.serve_forever()
+    finally:
+        remove_file(file)
     return Summary(tally.connections, tally.bytes_in, tally.bytes_out, time.monotonic() - began)
 
 

@@ -91,26 +91,37 @@ def inherited(fd: int) -> socket.socket:
 
     OSError: EBADF or ENOTSOCK, there is no such descriptor, or it is no socket.
     """
-    sock = socket.socket(fileno=fd)
+    try:
+        sock = socket.socket(fileno=fd)
+    except OverflowError:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
     sock.set_inheritable(False)
     return sock
 
 
-def file_of(listener: socket.socket) -> tuple[str, int] | None:
-    """The file of a Unix listener: its path and its inode; None if it has none."""
+#: The path of a socket's file, and what makes it this one. Its inode alone would not: that is soon used again.
+SocketFile = tuple[str, int, int]
+
+
+def file_of(listener: socket.socket) -> SocketFile | None:
+    """The file of a Unix listener; None if it has none."""
     name = listener.getsockname()
+    if not isinstance(name, str) or not name:
+        return None
     try:
-        return (name, os.stat(name).st_ino) if isinstance(name, str) and name else None
+        found = os.stat(name)
     except OSError:
         return None
+    return name, found.st_ino, found.st_mtime_ns
 
 
-def remove_file(file: tuple[str, int] | None) -> None:
+def remove_file(file: SocketFile | None) -> None:
     """Remove what `file_of` told of, unless it is somebody else's by now."""
     if file is not None:
-        path, inode = file
+        path, *mine = file
         try:
-            if os.stat(path).st_ino == inode:
+            found = os.stat(path)
+            if [found.st_ino, found.st_mtime_ns] == mine:
                 os.unlink(path)
         except OSError:
             pass  # gone, or not ours to remove
