@@ -30,6 +30,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(options)
 
 
+_SERVE_EPILOG = """\
+SECONDS as in 90, 1.5, 500ms, 5m or 24h, N as in 500 or 64k; 'none' means no
+limit. Time-outs and limits are each worker's own.
+
+examples:
+  muxio serve
+  muxio serve :8007 --backend poll
+  muxio serve [::1]:0 --idle 5m
+  muxio serve unix:/run/echo.sock --workers 2 --live
+
+signals:
+  SIGINT, SIGTERM  stop: clients get what was received from them, and have the
+                   time --drain to leave; a second one cuts them at once
+  SIGHUP           replace the workers one by one; nobody is refused or reset
+                   (worker threads and a single server end, and cut everybody)
+  SIGUSR1          tell the statistics once
+
+exit status:
+  0  all clients came to their end
+  1  the workers did not start
+  2  bad input
+  3  some clients were cut, because the time to drain was over
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, whose complaints are one line."""
 
@@ -53,14 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="run the echo server",
-        description="Run the echo server until Ctrl-C or SIGTERM. A first one lets clients take what was received "
-        "from them (see --drain); a second one stops at once. SIGHUP replaces the workers without refusing anybody, "
-        "SIGUSR1 tells the statistics once.",
-        epilog="SECONDS as in 90, 1.5, 5m or 24h, N as in 500 or 64k; 'none' means no limit.    "
-        "examples:  muxio serve            muxio serve :8007 --backend poll            muxio serve [::1]:0 --idle 5m"
-        "            muxio serve unix:/run/echo.sock --workers 2 --live    "
-        "exit status: 0 if all clients came to their end, 3 if some were cut when the time to drain was over, "
-        "1 if the workers did not start, 2 for bad input",
+        description="Run the echo server until Ctrl-C or SIGTERM.",
+        epilog=_SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument(
         "address",

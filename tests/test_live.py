@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -10,13 +11,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from churn import churning
 from helpers import wait_until
 from programs import TIMEOUT, echo, muxio_command, run, serving
 
+from muxio.server.notices import LogFormat, Notice, writer
 from muxio.server.server import Stats
 from muxio.server.statistics import Watch, WorkerStats, of_bytes, statistics
 
@@ -56,9 +58,21 @@ def test_all_together_are_the_sums_and_the_worst_lag() -> None:
 
 def test_a_successor_begins_at_nothing_and_not_at_what_its_predecessor_had() -> None:
     watch = Watch(0.0)
-    watch.look(1.0, [worker("1", 7, received=1000)], NOTHING)
-    one, everybody = watch.look(2.0, [worker("1", 8, received=10)], NOTHING)
+    before = worker("1", 7, received=1000)
+    watch.look(1.0, [before], NOTHING)
+    one, everybody = watch.look(2.0, [worker("1", 8, received=10)], before.stats)
     assert (one.echoes, everybody.echoes) == (10.0, 10.0)
+
+
+def test_what_a_worker_did_before_it_ended_counts_for_all() -> None:
+    watch = Watch(0.0)
+    before = worker("1", 7, received=1000, bytes_out=10)
+    watch.look(1.0, [before], NOTHING)
+    gone = before.stats._replace(received=1500, bytes_out=30)
+    one, everybody = watch.look(3.0, [worker("1", 8, received=10)], gone)
+    assert (one.echoes, everybody.echoes, everybody.bytes_out, everybody.seconds) == (5.0, 255.0, 10.0, 2.0)
+    *_, everybody = watch.look(4.0, [worker("1", 8, received=10)], gone)
+    assert everybody.echoes == 0.0
 
 
 def test_without_workers_there_is_a_line_for_all() -> None:
@@ -119,12 +133,27 @@ def test_live_is_a_line_a_second_without_a_terminal(way: tuple[str, ...]) -> Non
 def test_a_signal_tells_the_statistics_once(way: tuple[str, ...]) -> None:
     with serving(*way, "-q") as served:
         echo(served.address)
+        told = line_of(way) + r"; rates since the start, \d+\.\d s"
         served.process.send_signal(signal.SIGUSR1)
-        served.wait_for(line_of(way))
+        served.wait_for(told)
         served.process.send_signal(signal.SIGUSR1)
-        served.wait_for(line_of(way), 2)
+        served.wait_for(told, 2)
         lines = served.stop()
-        assert sum(bool(re.fullmatch(line_of(way), line)) for line in lines) == 2
+        assert sum(bool(re.fullmatch(told, line)) for line in lines) == 2
+
+
+def test_the_statistics_know_of_workers_that_were_replaced() -> None:
+    with talking_json("--workers", "1", "-q") as (process, event):
+        host, port = event("listening")["address"].rsplit(":", 1)
+        echo((host, int(port)), bytes(1000))
+        process.send_signal(signal.SIGHUP)
+        event("reloaded")
+        for _ in range(20):  # the first worker has nobody left, and ends
+            process.send_signal(signal.SIGUSR1)
+            figures = event("statistics")
+            assert round(figures["bytes_in"] * figures["seconds"]) == 1000
+        process.send_signal(signal.SIGTERM)
+        event("stopped")
 
 
 # For machines
@@ -198,6 +227,28 @@ def test_an_exception_that_is_logged_is_one_line(capsys: pytest.CaptureFixture[s
     found = json.loads(capsys.readouterr().err)
     assert (found["message"], found["level"]) == ("it failed: badly", "error")
     assert "ZeroDivisionError" in found["exception"]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_line_is_one_write_even_if_python_does_not_buffer(
+    log_format: LogFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers write to one pipe, and no line may stand in the middle of another; python -u is usual in containers."""
+    writes: list[bytes] = []
+
+    class Pipe(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            writes.append(bytes(data))
+            return len(data)
+
+    with io.TextIOWrapper(cast(Any, Pipe()), write_through=True) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        writer(log_format)(Notice("a line", "connection", worker="1"))
+    assert len(writes) == 1
+    assert writes[0].endswith(b"\n")
 
 
 # On a terminal
@@ -311,4 +362,4 @@ def test_help_names_the_exit_statuses() -> None:
     text = " ".join(run("serve", "--help").stdout.split())
     for option in ("--workers N", "--worker-threads", "--live", "--log-format", "--retire", "fd:N", "unix:PATH"):
         assert option in text
-    assert "exit status: 0 if all clients came to their end, 3 if some were cut" in text
+    assert "exit status: 0 all clients came to their end 1 the workers did not start 2 bad input 3 some clients" in text

@@ -138,8 +138,10 @@ class _Crew(Interface):
     """Those who serve: one server, threads or processes; and the loop of the program's main thread."""
 
     loop: Loop
-    #: What those of them have counted who are no more.
-    gone: Stats
+
+    @property
+    def gone(self) -> Stats:
+        """What those of them have counted who are no more."""
 
     def serve_forever(self) -> None: ...
 
@@ -213,7 +215,7 @@ def _serve_by_loops(
                 tell(Notice(line, "stopping", connections=standing, drain=drain))
 
         def tell_statistics(workers: Sequence[WorkerStats]) -> None:
-            tell(statistics(Watch(began).look(time.monotonic(), workers, crew.gone)))
+            tell(statistics(Watch(began).look(time.monotonic(), workers, crew.gone), since_the_start=True))
 
         def soon(call: Callable[..., object], *arguments: Any) -> Callable[[], object]:
             """By the loop: a signal may come in the middle of another line."""

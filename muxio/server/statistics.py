@@ -27,6 +27,8 @@ class Figures(NamedTuple):
     """``all`` in the line for all."""
     pid: int | None
     state: str
+    seconds: float
+    """The time that the rates are of."""
     connections: int
     accepts: float
     """A second, as all rates."""
@@ -50,48 +52,48 @@ class Watch:
     def __init__(self, began: float) -> None:
         self._time = began
         self._last: dict[tuple[str, int], Stats] = {}
+        self._last_of_all = _NOTHING
 
     def look(self, now: float, workers: Sequence[WorkerStats], gone: Stats) -> list[Figures]:
         """One line a worker, and one for all.
 
-        gone: what those counted that are no more.
+        gone: what those counted that are no more; it is in the line for all.
         """
         passed = max(now - self._time, 1e-9)
-        nothing = Stats.total([])
-        figures = []
-        for name, pid, state, stats in workers:
-            before = self._last.get((name, pid), nothing)
-            figures.append(
-                Figures(
-                    name,
-                    pid,
-                    state,
-                    stats.connections,
-                    (stats.accepted - before.accepted) / passed,
-                    (stats.received - before.received) / passed,
-                    (stats.bytes_in - before.bytes_in) / passed,
-                    (stats.bytes_out - before.bytes_out) / passed,
-                    stats.buffered,
-                    stats.lag,
-                    stats.timed_out,
-                    _errors(stats),
-                )
-            )
+        figures = [
+            _figures(name, pid, state, stats, self._last.get((name, pid), _NOTHING), passed)
+            for name, pid, state, stats in workers
+        ]
+        of_all = Stats.total([gone, *(worker.stats for worker in workers)])
+        figures.append(_figures("all", None, "", of_all, self._last_of_all, passed))
         self._time = now
         self._last = {(name, pid): stats for name, pid, _, stats in workers}
-        sums: Any = [sum(column) for column in list(zip(*figures, strict=True))[3:]] or [0] * len(Figures._fields[3:])
-        everybody = Figures("all", None, "", *sums)
-        return [
-            *figures,
-            everybody._replace(
-                lag=max((each.lag for each in figures), default=0.0),
-                timed_out=everybody.timed_out + gone.timed_out,
-                errors=everybody.errors + _errors(gone),
-            ),
-        ]
+        self._last_of_all = of_all
+        return figures
 
 
-def statistics(figures: Sequence[Figures]) -> Notice:
+_NOTHING = Stats.total([])
+
+
+def _figures(worker: str, pid: int | None, state: str, stats: Stats, before: Stats, passed: float) -> Figures:
+    return Figures(
+        worker,
+        pid,
+        state,
+        passed,
+        stats.connections,
+        (stats.accepted - before.accepted) / passed,
+        (stats.received - before.received) / passed,
+        (stats.bytes_in - before.bytes_in) / passed,
+        (stats.bytes_out - before.bytes_out) / passed,
+        stats.buffered,
+        stats.lag,
+        stats.timed_out,
+        stats.refused + stats.reset + stats.failed,
+    )
+
+
+def statistics(figures: Sequence[Figures], since_the_start: bool = False) -> Notice:
     """All of it in one line, of all together; every worker's figures are among the fields."""
     everybody = figures[-1]
     workers = "" if len(figures) == 2 else f"{len(figures) - 1} workers, "
@@ -102,6 +104,8 @@ def statistics(figures: Sequence[Figures]) -> Notice:
         f"{of_bytes(everybody.buffered)} buffered, lag {everybody.lag * 1000:,.1f} ms, "
         f"{everybody.timed_out:,} timed out, {everybody.errors:,} errors"
     )
+    if since_the_start:
+        line += f"; rates since the start, {everybody.seconds:,.1f} s"
     return Notice(line, "statistics", **_fields(everybody), workers=[_fields(each) for each in figures[:-1]])
 
 
@@ -112,10 +116,6 @@ def of_bytes(number: float) -> str:
     while number >= 999.5 and unit != "TB":
         number, unit = number / 1000, next(units)
     return f"{number:.0f} {unit}" if unit == "B" or number >= 99.95 else f"{number:.1f} {unit}"
-
-
-def _errors(stats: Stats) -> int:
-    return stats.refused + stats.reset + stats.failed
 
 
 def _fields(figures: Figures) -> dict[str, Any]:

@@ -126,8 +126,8 @@ class Workers:
         self._looks: list[Callable[[Sequence[WorkerStats]], object]] = []
         self._seen: dict[Worker, WorkerStats] = {}
         self._asked: set[Worker] = set()
-        #: What those have counted who are no more.
-        self.gone = Stats.total([])
+        #: What those have counted who have ended.
+        self._ended = Stats.total([])
 
     @property
     def backend(self) -> str:
@@ -204,7 +204,13 @@ class Workers:
 
     def total(self) -> Stats:
         """What all have counted, as far as they have told."""
-        return Stats.total([self.gone, *(worker.stats for worker in self._workers)])
+        return Stats.total([self._ended, *(worker.stats for worker in self._workers)])
+
+    @property
+    def gone(self) -> Stats:
+        """What those have counted whom `look` does not show any more."""
+        ending = (_at_rest(worker.stats) for worker in self._workers if worker.state is State.ENDING)
+        return Stats.total([self._ended, *ending])
 
     def _pids(self) -> list[int]:
         return [worker.pid for place in self._places if (worker := place.worker)]
@@ -339,7 +345,7 @@ class Workers:
         if status != 0 and self._stopping:
             # It was killed, or died: whom it had is not known, but that somebody was cut is the safer thing to say.
             last = last._replace(cut=last.cut + max(1, last.connections))
-        self.gone = Stats.total([self.gone, last._replace(connections=0, buffered=0, jobs=0, lag=0.0)])
+        self._ended = Stats.total([self._ended, _at_rest(last)])
         self._answered(worker)
         if status != 0 or not (retiring or self._stopping):
             self._mourn(worker, status, retiring)
@@ -378,6 +384,11 @@ class Workers:
     def _leave_if_alone(self) -> None:
         if self._stopping and not self._workers:
             self.loop.stop()
+
+
+def _at_rest(stats: Stats) -> Stats:
+    """What is left of it when its worker has ended."""
+    return stats._replace(connections=0, buffered=0, jobs=0, lag=0.0)
 
 
 def _workers(count: int) -> str:
