@@ -272,6 +272,25 @@ def test_time_is_the_monotonic_clock(loop: Loop) -> None:
     assert before <= loop.time() <= time.monotonic()
 
 
+def test_lag_is_the_worst_of_the_last_seconds() -> None:
+    now = 100.0
+    loop = Loop(clock=lambda: now)
+
+    def late_by(seconds: float) -> float:
+        nonlocal now
+        loop.call_at(now, list)
+        now += seconds
+        loop.run_once()
+        return loop.lag
+
+    assert loop.lag == 0.0
+    assert [late_by(seconds) for seconds in (0.25, 0.5, 0.125)] == [0.25, 0.5, 0.5]
+    now += 2.0
+    assert late_by(0.125) == 0.125
+    assert late_by(0.0) == 0.125
+    loop.close()
+
+
 def test_a_waiting_loop_does_not_turn(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = 0
     poll = loop.poller.poll

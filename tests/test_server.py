@@ -324,6 +324,40 @@ def test_a_drain_ends_when_every_peer_has_left(backend: str, background: Any) ->
         assert (stats.drained, stats.cut, stats.bytes_in) == (1, 0, 1)
 
 
+def test_shutdown_need_not_wait(backend: str, background: Any) -> None:
+    with Server(ANY_PORT, EchoProtocol, backend=backend) as server, connect(server.server_address) as client:
+        serving = background(server.serve_forever)
+        assert ask(client) == b"x"
+        server.shutdown(3600, wait=False)  # which would wait for this client
+        assert client.recv(1) == b""
+        assert serving.is_alive()
+        client.close()
+        serving.join(10)
+        assert not serving.is_alive()
+        assert (server.stats().drained, server.stats().cut) == (1, 0)
+
+
+@pytest.mark.parametrize(("drain", "ends"), [(3600, "drained"), (0, "cut")])
+def test_a_server_that_retires_can_be_shut_down(drain: float, ends: str, backend: str, background: Any) -> None:
+    with Server(ANY_PORT, EchoProtocol, backend=backend) as server, connect(server.server_address) as client:
+        serving = background(server.serve_forever)
+        assert ask(client) == b"x"
+        server.retire(3600)
+        wait_until(lambda: refuses(server.server_address))
+        assert ask(client) == b"x"
+        server.shutdown(drain, wait=False)
+        if drain:
+            assert client.recv(1) == b""
+            client.close()
+        else:
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        serving.join(10)
+        assert not serving.is_alive()
+        stats = server.stats()
+        assert {"drained": stats.drained, "cut": stats.cut} == {"drained": 0, "cut": 0, ends: 1}
+
+
 class Patient(EchoProtocol):
     """Ends by itself some time after the server asked for it."""
 
@@ -488,6 +522,8 @@ def test_a_report_tells_the_error(backend: str, caplog: pytest.LogCaptureFixture
         with pytest.raises(ConnectionResetError):
             ask(client)
         report = reports.next()
+        stats = server.stats()
+        assert (stats.failed, stats.reset, stats.timed_out) == (1, 0, 0)
     assert isinstance(report.error, ValueError)
     assert "bad byte" in caplog.text
 
