@@ -1,6 +1,7 @@
-"""What mutate.py does to the poller, one at a time: each mutation breaks a promise, and the tests have to tell.
+"""What mutate.py does to muxio, one at a time: each mutation breaks a promise, and the tests have to tell.
 
-A mutation that breaks no promise does not belong here. The order is that of the files, from the bits up to the poller.
+A mutation that breaks no promise does not belong here. The order is that of the files, from the bits up to the
+poller; then come the addresses, the workers and what they tell.
 """
 
 from __future__ import annotations
@@ -1135,6 +1136,145 @@ EVENTS = [
     ),
 ]
 
+ADDRESSES = [
+    Mutation(
+        "packets-pass-for-a-stream",
+        "what cannot be served is told",
+        "server/sockets.py",
+        "if listener.type != socket.SOCK_STREAM:",
+        "if not listener.type & socket.SOCK_STREAM:",
+        tests=("tests/test_addresses.py::test_an_inherited_socket_that_is_no_stream_is_told",),
+    ),
+    Mutation(
+        "a-unix-socket-in-use-is-replaced",
+        "a Unix socket that somebody listens on is in use",
+        "server/sockets.py",
+        "if probe.connect_ex(path) == errno.ECONNREFUSED:",
+        "if True:",
+        tests=("tests/test_addresses.py::test_what_is_not_ours_is_left_alone",),
+    ),
+    Mutation(
+        "a-file-left-behind-is-in-use",
+        "the file that a dead server left behind is replaced",
+        "server/sockets.py",
+        "            _remove_stale(where)\n",
+        "            pass\n",
+        tests=("tests/test_addresses.py::test_a_file_that_was_left_behind_is_replaced",),
+    ),
+    Mutation(
+        "an-inode-is-enough",
+        "a server removes no file but its own",
+        "server/sockets.py",
+        "if [found.st_ino, found.st_mtime_ns] == mine:",
+        "if found.st_ino == mine[0]:",
+        tests=("tests/test_addresses.py::test_a_file_with_the_inode_of_ours_may_be_somebody_elses",),
+    ),
+    Mutation(
+        "full-and-watching",
+        "who shares a listener and is full leaves peers to the others",
+        "server/listener.py",
+        "        if self._full():  # now, not",
+        "        if False:  # now, not",
+        tests=("tests/test_addresses.py::test_who_is_full_leaves_peers_to_those_who_are_not",),
+    ),
+    Mutation(
+        "sockets-for-somebody-else",
+        "only what is handed to this very process is taken",
+        "server/systemd.py",
+        "    if pid != str(os.getpid()):",
+        "    if not pid:",
+        tests=("tests/test_systemd.py::test_what_is_meant_for_another_process_is_not_taken",),
+    ),
+]
+
+WORKERS = [
+    Mutation(
+        "the-dead-are-not-replaced",
+        "a worker that dies is replaced",
+        "server/workers.py",
+        "        if place.worker is None and place.successor is None:\n",
+        "        if False:\n",
+        tests=("tests/test_workers.py::test_a_killed_worker_is_replaced_and_the_other_ones_clients_notice_nothing",),
+    ),
+    Mutation(
+        "no-pause-between-deaths",
+        "a worker that dies again and again is replaced at longer and longer intervals",
+        "server/workers.py",
+        "        return 0.0 if place.deaths == 1 else",
+        "        return 0.0 if place.deaths else",
+        tests=(
+            "tests/test_workers.py::test_a_worker_that_dies_again_and_again_is_replaced_at_longer_and_longer_intervals",
+        ),
+    ),
+    Mutation(
+        "a-reload-cuts",
+        "a reload leaves those alone who are connected",
+        "server/worker.py",
+        "                server.retire(*arguments)\n",
+        "                server.shutdown(0.0)\n",
+        tests=("tests/test_workers.py::test_a_reload_leaves_who_is_connected_alone_until_he_leaves",),
+    ),
+    Mutation(
+        "a-reload-is-for-ever",
+        "who does not leave after a reload gets EOF in the end",
+        "server/server.py",
+        "            if patience < math.inf:\n",
+        "            if False:\n",
+        tests=("tests/test_addresses.py::test_a_retiring_server_drains_when_its_patience_is_over",),
+    ),
+    Mutation(
+        "orphans-go-on",
+        "workers end when their supervisor is gone",
+        "server/worker.py",
+        'its supervisor is gone", name)\n            stop()\n',
+        'its supervisor is gone", name)\n',
+        tests=("tests/test_workers.py::test_workers_whose_supervisor_was_killed_end_and_free_the_address",),
+    ),
+    Mutation(
+        "nobody-was-cut",
+        "the exit status says that somebody was cut",
+        "cli.py",
+        "    return CUT if summary.cut else 0\n",
+        "    return 0\n",
+        tests=("tests/test_workers.py::test_who_is_cut_when_the_time_to_drain_is_over_shows_in_the_status",),
+    ),
+]
+
+TOLD = [
+    Mutation(
+        "the-gone-are-forgotten",
+        "the figures of all include those of workers that are no more",
+        "server/statistics.py",
+        "Stats.total([gone, *(worker.stats for worker in workers)])",
+        "Stats.total([worker.stats for worker in workers])",
+        tests=("tests/test_live.py::test_what_a_worker_did_before_it_ended_counts_for_all",),
+    ),
+    Mutation(
+        "a-line-in-two-writes",
+        "lines of several workers do not mix",
+        "server/notices.py",
+        '    sys.stdout.write(f"{line}\\n")',
+        "    print(line)",
+        tests=("tests/test_live.py::test_a_line_is_one_write_even_if_python_does_not_buffer",),
+    ),
+    Mutation(
+        "children-speak-as-well",
+        "only the service itself tells the manager",
+        "server/systemd.py",
+        'environment.pop("NOTIFY_SOCKET", "")',
+        'environment.get("NOTIFY_SOCKET", "")',
+        tests=("tests/test_systemd.py::test_a_manager_that_is_gone_is_no_trouble",),
+    ),
+    Mutation(
+        "ready-without-a-word",
+        "a service manager hears when the server is ready again",
+        "server/serve.py",
+        '        if notice.event in ("listening", "reloaded"):',
+        '        if notice.event == "listening":',
+        tests=("tests/test_systemd.py::test_the_manager_is_told_of_every_state",),
+    ),
+]
+
 MUTATIONS = [
     *EVENTS_FILE,
     *CHOICE,
@@ -1149,4 +1289,7 @@ MUTATIONS = [
     *WAITING,
     *WAKE_UPS,
     *EVENTS,
+    *ADDRESSES,
+    *WORKERS,
+    *TOLD,
 ]
