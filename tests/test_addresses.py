@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,7 @@ def test_who_is_full_leaves_peers_to_those_who_are_not(backend: str, listener: s
         looked = threading.Event()
         other.loop.call_soon_threadsafe(looked.set)
         assert looked.wait(TIMEOUT)  # those 64 were news to it until then
+        time.sleep(0.05)  # while it is not asleep yet, it looks in any case, and this test sees nothing
         late = stack.enter_context(connect(listener.getsockname()))
         late.sendall(b"x")
         assert late.recv(1) == b"x"

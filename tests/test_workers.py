@@ -309,6 +309,24 @@ def test_a_stop_drains_all_workers(number: int) -> None:
     assert all(ended(pid) for pid in pids)
 
 
+@needs_proc
+def test_a_stop_counts_the_clients_of_a_worker_that_is_through_before_another_has_answered() -> None:
+    with serving(*TWO, "--drain", "none") as served:
+        quick, slow = served.pids
+        clients = clients_of_each(served)
+        os.kill(slow, signal.SIGSTOP)
+        served.process.send_signal(signal.SIGTERM)
+        assert clients[quick].recv(1) == b""
+        clients[quick].close()
+        wait_until(lambda: ended(quick), TIMEOUT)
+        os.kill(slow, signal.SIGCONT)
+        served.wait_for("stopping: 2 connected, .*")
+        assert clients[slow].recv(1) == b""
+        clients[slow].close()
+        served.wait_for(".*; 2 drained, 0 cut")
+        assert served.process.wait(TIMEOUT) == 0
+
+
 @every_address
 def test_ctrl_c_on_a_terminal_reaches_all_and_is_heard_once(address: str, tmp_path: Path) -> None:
     with serving(*TWO, address=address.format(directory=tmp_path), start_new_session=True) as served:

@@ -138,10 +138,8 @@ class _Crew(Interface):
     """Those who serve: one server, threads or processes; and the loop of the program's main thread."""
 
     loop: Loop
-
-    @property
-    def gone(self) -> Stats:
-        """What those of them have counted who are no more."""
+    #: What those of them had counted who were no more at the last `look`.
+    gone: Stats
 
     def serve_forever(self) -> None: ...
 

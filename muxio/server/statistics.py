@@ -16,7 +16,7 @@ class WorkerStats(NamedTuple):
     """Its name: the number of its place, from 1 on."""
     pid: int
     state: str
-    """``serving``; or ``retiring``, which is accepting no more."""
+    """``serving``; ``retiring``, which is accepting no more; or ``ending``, which it did since it was asked."""
     stats: Stats
 
 

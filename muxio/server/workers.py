@@ -122,10 +122,13 @@ class Workers:
         #: The places that are still to be renewed, the one that is first; None: nobody asked.
         self._reload: deque[Place] | None = None
         self._reload_again = False
-        #: Who wants to see the statistics, what each worker told, and who still has to.
+        #: Who wants to see the statistics, and who still has to tell his.
         self._looks: list[Callable[[Sequence[WorkerStats]], object]] = []
-        self._seen: dict[Worker, WorkerStats] = {}
         self._asked: set[Worker] = set()
+        #: What they see: of everybody who was there when they asked.
+        self._shown: dict[Worker, Stats] = {}
+        #: What those had counted who were no more at the last `look`.
+        self.gone = Stats.total([])
         #: What those have counted who have ended.
         self._ended = Stats.total([])
 
@@ -180,8 +183,14 @@ class Workers:
         if self._looks:
             self._finish_looks()
         self._looks.append(then)
-        self._asked = {worker for worker in self._workers if worker.state in (State.SERVING, State.RETIRING)}
-        self._seen = {worker: _row(worker) for worker in self._asked}
+        self._shown = {
+            worker: worker.stats
+            for worker in sorted(self._workers, key=lambda worker: (int(worker.place.name), worker.since))
+            if worker.state in (State.SERVING, State.RETIRING)
+        }
+        others = (_at_rest(worker.stats) for worker in self._workers if worker not in self._shown)
+        self.gone = Stats.total([self._ended, *others])
+        self._asked = set(self._shown)
         for worker in self._asked:
             worker.channel.send("stats")
         if not self._asked:
@@ -205,12 +214,6 @@ class Workers:
     def total(self) -> Stats:
         """What all have counted, as far as they have told."""
         return Stats.total([self._ended, *(worker.stats for worker in self._workers)])
-
-    @property
-    def gone(self) -> Stats:
-        """What those have counted whom `look` does not show any more."""
-        ending = (_at_rest(worker.stats) for worker in self._workers if worker.state is State.ENDING)
-        return Stats.total([self._ended, *ending])
 
     def _pids(self) -> list[int]:
         return [worker.pid for place in self._places if (worker := place.worker)]
@@ -263,6 +266,8 @@ class Workers:
             self._leaving(worker)
         else:
             worker.stats = Stats(*figures)
+            if worker in self._asked:  # else it has ended since, and was shown, or is, as it was
+                self._shown[worker] = worker.stats
             self._answered(worker)
 
     def _ready(self, worker: Worker) -> None:
@@ -292,15 +297,15 @@ class Workers:
                 self._start_again(worker.place)
 
     def _answered(self, worker: Worker) -> None:
-        """It has told what was asked, or will not any more. What comes later is for the next look."""
-        if worker in self._asked:
-            self._asked.discard(worker)
-            self._seen[worker] = _row(worker)
+        self._asked.discard(worker)
         if self._looks and not self._asked:
             self._finish_looks()
 
     def _finish_looks(self) -> None:
-        rows = sorted(self._seen.values(), key=lambda row: (int(row.worker), row.state, row.pid))
+        rows = [
+            WorkerStats(worker.place.name, worker.pid, worker.state.value, stats)
+            for worker, stats in self._shown.items()
+        ]
         looks, self._looks = self._looks, []
         for then in looks:
             then(rows)
@@ -393,10 +398,6 @@ def _at_rest(stats: Stats) -> Stats:
 
 def _workers(count: int) -> str:
     return "1 worker" if count == 1 else f"{count} workers"
-
-
-def _row(worker: Worker) -> WorkerStats:
-    return WorkerStats(worker.place.name, worker.pid, worker.state.value, worker.stats)
 
 
 def _list(pids: list[int]) -> str:
