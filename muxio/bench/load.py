@@ -56,21 +56,33 @@ class Found:
     lateness: dict[str, float] | None  #: how much later than that the generator sent, with a connection free for it
     memory_before: int | None = None  #: private bytes of the server once it had a first echo; None if not to be told
     memory: int | None = None  #: and at the end, with everything connected
+    beside: str = ""  #: what the program beside has said
 
 
 def put(load: Load, server: Sequence[str], generator: Sequence[str], cores: Cores, beside: Sequence[str] = ()) -> Found:
     """Start the server, put the load on it, and end it. Failure: the server does not do what it should.
 
-    beside: a program that runs meanwhile; it is told the server's port as its last argument.
+    beside: a program that runs meanwhile; it is told the server's port as its last argument. It has to say a line, and
+    to run until the end.
     """
     with contextlib.ExitStack() as stack:
         port, pids = where(stack.enter_context(running(server, cores.server)))
         _generate(Load(idle=1, patience=load.patience), port, [], generator, cores)
         before = private_memory(*pids) if can_tell_memory() else None
-        if beside:
-            stack.enter_context(running([*beside, str(port)], cores.client))
+        other = stack.enter_context(running([*beside, str(port)], cores.client)) if beside else None
         found = _generate(load, port, pids, generator, cores)
-        return Found(**{**asdict(found), "memory_before": before})
+        said = _end(other) if other else ""
+        return Found(**{**asdict(found), "memory_before": before, "beside": said})
+
+
+def _end(other: subprocess.Popen[str]) -> str:
+    """End a program that was to run until now, and return what it has said, when that is a line at least."""
+    assert other.stdout is not None
+    first = other.stdout.readline()
+    if not first or other.poll() is not None:
+        raise Failure("the program beside has ended too early")
+    other.kill()
+    return first + other.stdout.read()
 
 
 def _generate(load: Load, port: int, server: Sequence[int], generator: Sequence[str], cores: Cores) -> Found:

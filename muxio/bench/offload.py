@@ -7,16 +7,16 @@ cores: what a machine has too few of shows in the latencies.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import median
 
 from muxio.bench.computing import BURN, WAYS
 from muxio.bench.load import PERCENTILES, Found, Load, put
 from muxio.bench.measure import Bar, Failure, Results, Row, Scenario
-from muxio.bench.processes import Cores, build, compiler, module
+from muxio.bench.processes import Cores, build, compiler, core_count, module
 
 CONNECTIONS = 100
 RATE = 100.0  #: messages a second of all light clients together: few, since threads that share a GIL take not many more
@@ -34,6 +34,7 @@ class Settings:
     duration: float = 5.0  #: seconds that a sample measures
     rounds: int = 7
     quick: bool = False
+    rate: float = RATE
 
 
 def bench(settings: Settings) -> tuple[Results, Generator[Scenario, None, None]]:
@@ -41,11 +42,11 @@ def bench(settings: Settings) -> tuple[Results, Generator[Scenario, None, None]]
     duration = QUICK_DURATION if settings.quick else settings.duration
     rounds = QUICK_ROUNDS if settings.quick else settings.rounds
     results = Results("offload", asdict(settings), "processes", [*BARS], OPEN_FILES)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     results.remarks.append(
-        f"{RATE:,.0f} messages of 64 B a second; server, pool, generator and the heavy client share {cores} cores"
+        f"{settings.rate:,.0f} messages of 64 B a second; server, pool, generator and the heavy client share "
+        f"{core_count()} cores"
     )
-    load = Load(CONNECTIONS, rate=RATE, duration=duration)
+    load = Load(CONNECTIONS, rate=settings.rate, duration=duration)
     metrics = [
         Row(
             f"{TITLE}: {name}",
@@ -56,7 +57,10 @@ def bench(settings: Settings) -> tuple[Results, Generator[Scenario, None, None]]
         )
         for name in PERCENTILES
     ]
-    requests = Row(f"{TITLE}: server CPU", "% of a core", compared=False)
+    others = [
+        Row(f"{TITLE}: CPU of the server's own process", "% of a core", compared=False),
+        Row(f"{TITLE}: a heavy request took", "ms", compared=False),
+    ]
 
     def sample(generator: Sequence[str], way: str) -> list[float]:
         serve = [*module("muxio.bench.computing"), "serve", way]
@@ -64,16 +68,20 @@ def bench(settings: Settings) -> tuple[Results, Generator[Scenario, None, None]]
             found = put(load, serve, generator, Cores(None, None), [*module("muxio.bench.computing"), "ask"])
         except Failure as failure:
             raise Failure(f"{way}: {failure}") from None
-        return [*((found.latency or {})[name] / 1e3 for name in PERCENTILES), _share(found)]
+        return [*((found.latency or {})[name] / 1e3 for name in PERCENTILES), _share(found), _heavy(found)]
 
     def scenarios() -> Generator[Scenario, None, None]:
         with tempfile.TemporaryDirectory(prefix="muxio-bench-") as directory:
             found = compiler()
             generator = [build(found, "client.c", directory)] if found else module("muxio.bench.client")
-            yield Scenario([*metrics, requests], {way: partial(sample, generator, way) for way in WAYS}, rounds)
+            yield Scenario([*metrics, *others], {way: partial(sample, generator, way) for way in WAYS}, rounds)
 
     return results, scenarios()
 
 
 def _share(found: Found) -> float:
     return (found.server_cpu or 0.0) / found.seconds * 100
+
+
+def _heavy(found: Found) -> float:
+    return median(map(float, found.beside.split())) * 1e3

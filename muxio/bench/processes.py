@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 COMPILERS = (os.environ.get("CC") or "cc", "gcc", "clang")
 
 LAST_WORDS = 0.5  #: seconds for a program that failed to end by itself, and say why
+ORDERLY = 10.0  #: seconds for a program that is told to end
 
 #: A server's first line; those of several processes name them.
 LISTENS = re.compile(r"listening on 127\.0\.0\.1:(\d+)(?: \(.* workers?: (\d+(?:, \d+)*))?")
@@ -31,6 +32,13 @@ class Cores(NamedTuple):
 
     server: int | None
     client: int | None
+
+
+def core_count() -> int:
+    """How many cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cores() -> Cores:
@@ -67,6 +75,8 @@ def build(compiler: str, source: str, directory: str) -> str:
 def running(command: Sequence[str], core: int | None) -> Iterator[subprocess.Popen[str]]:
     """Run a program until the end of the block, with pipes for stdin and stdout. What it says on stderr is not shown.
 
+    It is told to end, so that it can end what it has started itself; then it is killed.
+
     Failure: what the block raised as such, with the last line that the program said on stderr.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), *sys.path])}
@@ -92,8 +102,13 @@ def running(command: Sequence[str], core: int | None) -> Iterator[subprocess.Pop
             last = stderr.read().strip().rpartition("\n")[2]
             raise Failure(f"{failure} ({last})" if last else str(failure)) from None
         finally:
-            process.kill()
-            process.communicate()
+            try:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=ORDERLY)
+            finally:
+                process.kill()
+                process.communicate()
 
 
 def where(server: subprocess.Popen[str]) -> tuple[int, list[int]]:

@@ -60,10 +60,8 @@ def conduct(results: Results, scenarios: Generator[Scenario, None, None], file: 
         for warning in warnings:
             _complain(f"muxio bench: {warning}", 0)
         status, troubles = 0, results.failures
-        if threading.current_thread() is threading.main_thread():  # SIGTERM, too, must end what the benchmark started
-            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         try:
-            with contextlib.closing(scenarios), _progress(file is None) as progress:
+            with interruptible(), contextlib.closing(scenarios), _progress(file is None) as progress:
                 measure(scenarios, results, progress)
         except KeyboardInterrupt:
             status = 130
@@ -78,6 +76,19 @@ def conduct(results: Results, scenarios: Generator[Scenario, None, None], file: 
             json.dump(document, stream, indent=1)
             stream.write("\n")
         return _complain(f"muxio bench: {trouble}, the results are partial", status or 1) if trouble else 0
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt in the block, as Ctrl-C is, so that it ends what a benchmark has started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(line: str, status: int) -> int:
