@@ -190,9 +190,14 @@ def test_every_scenario_has_its_rows_and_the_numbers_to_hold_are_those_of_its_si
         "2 busy, 10 idle: throughput",
         "2 at once: last first echo",
         "muxio, idle beside",
+        "64 B x 2, workers: throughput",
+        "1 worker",
+        "2 workers",
     ]
     if processes.can_tell_memory():
         titles += ["10 idle: private memory, B a connection", "the server's memory has grown"]
+    if processes.cpu_clock():
+        titles += ["both of the machine", "nothing is pinned; 1 worker took"]
     for text in (*titles, "2 honest, 6 hostile: p99", "muxio, hostile beside", "load generator in"):
         assert text in result.stdout
     assert "Numbers to hold\nnot judged   2 at once: last first echo: muxio" in result.stdout

@@ -11,7 +11,6 @@ the limit of what the machine can do, and what `muxio.bench.servers` has.
 from __future__ import annotations
 
 import importlib.util
-import os
 import select
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import muxio
 from muxio.bench.load import PERCENTILES, Found, Load, put
 from muxio.bench.measure import Bar, Failure, Results, Row, Sampler, Scenario
-from muxio.bench.processes import Cores, build, can_tell_memory, compiler, cores, cpu_clock, module
+from muxio.bench.processes import Cores, build, can_tell_memory, compiler, core_count, cores, cpu_clock, module
 from muxio.bench.report import open_files
 
 CONTESTANTS = ("muxio", "c", "epoll", "selectors", "asyncio", "uvloop", "gevent", "threads")
@@ -40,6 +39,7 @@ SPARE_FILES = 100  # open files beside the connections
 IDLE, CROWD = 9_000, 19_000  #: idle connections
 
 MANY_WORKERS = 2  #: what is compared with one
+WORKERS_GAIN = 1.7  #: times as many echoes as of one
 
 SATURATED = 90.0  #: percent of its core: who is less busy than that is not what held the echoes up
 REACHED = 99.0  #: percent of the rate asked for: who answers less is too slow for it
@@ -55,7 +55,7 @@ BARS = [
     Bar("9,000 idle: private memory", "muxio", None, "at most", 750),
     Bar("100 busy, 19,000 idle: throughput", "muxio, idle beside", "muxio", "at least", 0.9),
     Bar("1,000 at once: last first echo", "muxio", None, "at most", 500),
-    Bar("64 B x 100, workers: throughput", "2 workers", "1 worker", "at least", 1.7),
+    Bar("64 B x 100, workers: throughput", f"{MANY_WORKERS} workers", "1 worker", "at least", WORKERS_GAIN),
     Bar("100 honest, 1,500 hostile: longest wait", "muxio, hostile beside", None, "at most", 1000),
 ]
 
@@ -389,7 +389,11 @@ def _hostile(arena: Arena, names: Sequence[str]) -> Scenarios:
 
 
 def _workers(arena: Arena, names: Sequence[str]) -> Scenarios:
-    """muxio's server in one process, and by workers, which have all cores; so has the generator."""
+    """muxio's server in one process, and by workers, under the same load.
+
+    Nothing is pinned: all workers and the generator have all cores, and share them. So beside the echoes stands how
+    much of the machine both took together, which says whether more workers could have had more.
+    """
     if "muxio" not in arena.commands:
         arena.remark("workers: left out, they are muxio's")
         return
@@ -402,17 +406,34 @@ def _workers(arena: Arena, names: Sequence[str]) -> Scenarios:
     load = arena.settings.load(100)
     title = f"{_bytes(load.size)} x {load.busy:,}, workers"
     metrics = [*_speed(title), *_latencies(title, load), *_shares(title)]
+    if cpu_clock():
+        column = "both of the machine"
+        row = Row(f"{title}: {column}", "%", compared=False, table=f"{title}: shares, %", column=column)
+        metrics.append((row, lambda found: _both_shares(found) / core_count()))
     scenario, findings = arena.scenario(title, metrics, _everybody(list(lines), load))
     try:
         yield scenario
     finally:
         _withhold_throughput(arena, title, findings)
-        if cpu_clock() and (found := findings.get(several)):
-            server, generator = (median(share(each) for each in found) for share in (_server_share, _own_share))
-            arena.remark(
-                f"{title}: each process on any core; {several} took {server:.0f} % of a core, and the generator "
-                f"{generator:.0f} %; this machine has {os.cpu_count()} cores"
-            )
+        if cpu_clock() and {"1 worker", several} <= {*findings}:
+            _tell_what_was_full(arena, title, findings["1 worker"], several, findings[several])
+
+
+def _both_shares(found: Found) -> float:
+    return _server_share(found) + _own_share(found)
+
+
+def _tell_what_was_full(arena: Arena, title: str, one: Sequence[Found], name: str, several: Sequence[Found]) -> None:
+    def shares(founds: Sequence[Found]) -> str:
+        server, generator = (median(share(found) for found in founds) for share in (_server_share, _own_share))
+        return f"{server:.0f} % of a core and the generator {generator:.0f} %"
+
+    there = core_count() * 100
+    line = f"{title}: nothing is pinned; 1 worker took {shares(one)}, {name} {shares(several)}, of {there} % in all"
+    needed = WORKERS_GAIN * median(map(_both_shares, one))
+    if needed > there:
+        line += f"; {WORKERS_GAIN} x the echoes of one worker, at its CPU an echo, would take {needed:.0f} %"
+    arena.remark(line)
 
 
 @dataclass(frozen=True)
