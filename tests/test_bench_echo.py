@@ -16,7 +16,7 @@ from test_bench import only_warnings, run
 from muxio.bench import echo, processes, servers
 from muxio.bench.client import percentiles
 from muxio.bench.echo import Arena, Settings
-from muxio.bench.load import PERCENTILES, Found, Load, put
+from muxio.bench.load import PERCENTILES, Found, Load, _busy, put
 from muxio.bench.measure import Failure, Results, Row
 
 QUICK = ["bench", "echo", "--quick", "--json", "-"]
@@ -156,6 +156,20 @@ def test_the_clock_of_a_process_counts_its_cpu_time() -> None:
     assert time.clock_gettime(processes.cpu_clock()) >= before + 0.01
 
 
+def test_the_time_of_the_machine_is_all_of_its_cores() -> None:
+    before = processes.machine_time()
+    if before is None:
+        pytest.skip("the system does not tell")
+    start = time.process_time()
+    while time.process_time() < start + 0.2:
+        pass
+    after = processes.machine_time()
+    assert after is not None
+    assert after[0] > before[0]
+    assert _busy(before, after) == pytest.approx((after[0] - before[0]) / (sum(after) - sum(before)))
+    assert (_busy(None, after), _busy(after, after)) == (None, None)
+
+
 # The run
 
 
@@ -197,7 +211,9 @@ def test_every_scenario_has_its_rows_and_the_numbers_to_hold_are_those_of_its_si
     if processes.can_tell_memory():
         titles += ["10 idle: private memory, B a connection", "the server's memory has grown"]
     if processes.cpu_clock():
-        titles += ["both of the machine", "nothing is pinned; 1 worker took"]
+        titles.append("there were taken by 1 worker: ")
+    if processes.machine_time():
+        titles.append("others and the kernel for the network")
     for text in (*titles, "2 honest, 6 hostile: p99", "muxio, hostile beside", "load generator in"):
         assert text in result.stdout
     assert "Numbers to hold\nnot judged   2 at once: last first echo: muxio" in result.stdout

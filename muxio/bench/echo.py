@@ -22,7 +22,17 @@ from typing import Any
 import muxio
 from muxio.bench.load import PERCENTILES, Found, Load, put
 from muxio.bench.measure import Bar, Failure, Results, Row, Sampler, Scenario
-from muxio.bench.processes import Cores, build, can_tell_memory, compiler, core_count, cores, cpu_clock, module
+from muxio.bench.processes import (
+    Cores,
+    build,
+    can_tell_memory,
+    compiler,
+    core_count,
+    cores,
+    cpu_clock,
+    machine_time,
+    module,
+)
 from muxio.bench.report import open_files
 
 CONTESTANTS = ("muxio", "c", "epoll", "selectors", "asyncio", "uvloop", "gevent", "threads")
@@ -391,8 +401,9 @@ def _hostile(arena: Arena, names: Sequence[str]) -> Scenarios:
 def _workers(arena: Arena, names: Sequence[str]) -> Scenarios:
     """muxio's server in one process, and by workers, under the same load.
 
-    Nothing is pinned: all workers and the generator have all cores, and share them. So beside the echoes stands how
-    much of the machine both took together, which says whether more workers could have had more.
+    Nothing is pinned: all workers and the generator have all cores, and share them with whatever else runs. So beside
+    the echoes stands how much of the machine both took, and how busy it was in all: that says whether more workers
+    could have had more.
     """
     if "muxio" not in arena.commands:
         arena.remark("workers: left out, they are muxio's")
@@ -410,6 +421,10 @@ def _workers(arena: Arena, names: Sequence[str]) -> Scenarios:
         column = "both of the machine"
         row = Row(f"{title}: {column}", "%", compared=False, table=f"{title}: shares, %", column=column)
         metrics.append((row, lambda found: _both_shares(found) / core_count()))
+    if machine_time():
+        column = "machine busy"
+        row = Row(f"{title}: {column}", "%", compared=False, table=f"{title}: shares, %", column=column)
+        metrics.append((row, lambda found: (found.machine or 0.0) * 100))
     scenario, findings = arena.scenario(title, metrics, _everybody(list(lines), load))
     try:
         yield scenario
@@ -424,12 +439,19 @@ def _both_shares(found: Found) -> float:
 
 
 def _tell_what_was_full(arena: Arena, title: str, one: Sequence[Found], name: str, several: Sequence[Found]) -> None:
-    def shares(founds: Sequence[Found]) -> str:
-        server, generator = (median(share(found) for found in founds) for share in (_server_share, _own_share))
-        return f"{server:.0f} % of a core and the generator {generator:.0f} %"
-
     there = core_count() * 100
-    line = f"{title}: nothing is pinned; 1 worker took {shares(one)}, {name} {shares(several)}, of {there} % in all"
+
+    def shares(line: str, founds: Sequence[Found]) -> str:
+        server, generator = (median(share(found) for found in founds) for share in (_server_share, _own_share))
+        told = f"{line}: {server:.0f} %, and the generator {generator:.0f} %"
+        busy = [found.machine for found in founds if found.machine is not None]
+        if busy:
+            others = max(0.0, median(busy) * there - server - generator)
+            told += f", others and the kernel for the network {others:.0f} %"
+        return told
+
+    line = f"{title}: here nothing is pinned; of {there} % there were taken by {shares('1 worker', one)}; by "
+    line += shares(name, several)
     needed = WORKERS_GAIN * median(map(_both_shares, one))
     if needed > there:
         line += f"; {WORKERS_GAIN} x the echoes of one worker, at its CPU an echo, would take {needed:.0f} %"

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from muxio.bench.measure import Failure
-from muxio.bench.processes import Cores, can_tell_memory, cpu_clock, private_memory, running, where
+from muxio.bench.processes import Cores, can_tell_memory, cpu_clock, machine_time, private_memory, running, where
 
 PERCENTILES = ("p50", "p75", "p90", "p99", "p99.9", "max")
 
@@ -57,6 +57,7 @@ class Found:
     memory_before: int | None = None  #: private bytes of the server once it had a first echo; None if not to be told
     memory: int | None = None  #: and at the end, with everything connected
     beside: str = ""  #: what the program beside has said
+    machine: float | None = None  #: the share of all cores that was busy, others included, while the generator ran
 
 
 def put(load: Load, server: Sequence[str], generator: Sequence[str], cores: Cores, beside: Sequence[str] = ()) -> Found:
@@ -70,9 +71,18 @@ def put(load: Load, server: Sequence[str], generator: Sequence[str], cores: Core
         _generate(Load(idle=1, patience=load.patience), port, [], generator, cores)
         before = private_memory(*pids) if can_tell_memory() else None
         other = stack.enter_context(running([*beside, str(port)], cores.client)) if beside else None
+        start = machine_time()
         found = _generate(load, port, pids, generator, cores)
+        machine = _busy(start, machine_time())
         said = _end(other) if other else ""
-        return Found(**{**asdict(found), "memory_before": before, "beside": said})
+        return Found(**{**asdict(found), "memory_before": before, "beside": said, "machine": machine})
+
+
+def _busy(start: tuple[float, float] | None, end: tuple[float, float] | None) -> float | None:
+    if start is None or end is None:
+        return None
+    busy, idle = end[0] - start[0], end[1] - start[1]
+    return busy / (busy + idle) if busy + idle > 0 else None  # it counts in hundredths of a second
 
 
 def _end(other: subprocess.Popen[str]) -> str:

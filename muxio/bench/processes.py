@@ -135,6 +135,20 @@ def cpu_clock(pid: int = 0) -> int:
     return 0 if get(pid, ctypes.byref(clock)) else clock.value
 
 
+def machine_time() -> tuple[float, float] | None:
+    """The time that all cores together have been busy, and that they have been idle, since some moment, in one unit;
+    None if the system does not tell (proc_stat(5) does).
+
+    Where softirqs are counted apart, the kernel's work for the network is in there, and in no process' CPU time.
+    """
+    try:
+        line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
+    except OSError:
+        return None
+    user, nice, system, idle, waiting, *others = map(float, line.split()[1:9])
+    return user + nice + system + sum(others), idle + waiting
+
+
 def can_tell_memory() -> bool:
     return os.path.exists("/proc/self/smaps_rollup")
 
