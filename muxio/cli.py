@@ -263,7 +263,7 @@ def _add_bench_offload(benches: argparse._SubParsersAction[_Parser]) -> None:
         "offload",
         help="what a request that computes does to other clients",
         description="Measure the latency of 100 light clients while the server computes for another one without pause: "
-        "in its loop, on threads, on processes; two minutes. Ctrl-C shows what is there by then.",
+        "in its loop, on threads, on processes; and without it. Three minutes. Ctrl-C shows what is there by then.",
         epilog="exit status: 0, 1 if a contestant failed, 2 for bad input, 130 after Ctrl-C",
     )
     offload.add_argument(
