@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import wait_until
 from programs import TIMEOUT, echo, muxio_command, run, running, serving
 
 from muxio.server.systemd import Notifier, listen_fds
@@ -166,7 +165,8 @@ def test_socket_activation_by_systemd(workers: tuple[str, ...], tmp_path: Path) 
     command = ["systemd-socket-activate", "-l", path, *muxio_command("serve", "-q", *workers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: os.path.exists(path), TIMEOUT)
+            assert process.stderr is not None
+            assert "Listening on" in process.stderr.readline()  # the file is there earlier, when nobody listens yet
             echo(path, b"the first one starts it")
             echo(path)
             process.send_signal(signal.SIGTERM)
