@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -63,3 +64,46 @@ class Unloadable(Exception):
 
 def fail_unloadably() -> None:
     raise Unloadable("one", "two")
+
+
+class LoadsOnlyIn:
+    """What can be pickled, but be made again in one process only."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_only_in, (self.pid,)
+
+
+def load_only_in(pid: int) -> LoadsOnlyIn:
+    if os.getpid() != pid:
+        raise LookupError(pid)
+    return LoadsOnlyIn(pid)
+
+
+def result_that_loads_only_here() -> LoadsOnlyIn:
+    return LoadsOnlyIn(os.getpid())
+
+
+def leave() -> None:
+    sys.exit("the whole program, one would think")
+
+
+def keep_the_gil(path: str) -> int:
+    """Leave a file with our process id, and compute in C for minutes: no other thread of this process runs."""
+    Path(path).write_text(str(os.getpid()), encoding="ascii")
+    return sum(range(10**10))
+
+
+def die_while_answering() -> bytes:
+    """Crash when a part of the result is on its way."""
+    main = threading.get_ident()
+
+    def watch() -> None:
+        while sys._current_frames()[main].f_code.co_name != "_send":
+            pass
+        os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return bytes(200_000_000)

@@ -20,7 +20,7 @@ from helpers import BACKENDS, Recorder, run_turns, run_until, serving, tcp_pair,
 from programs import TIMEOUT, Served, ended, running
 
 from muxio.server import Job, Loop, Offload, Protocol, Server
-from muxio.server.connection import Connection
+from muxio.server.connection import TRANSITIONS, Connection, Event, State
 from muxio.server.limits import Timeouts
 
 ANY_PORT = ("127.0.0.1", 0)
@@ -136,7 +136,7 @@ def test_jobs_run_where_they_were_sent(offload: Offload, make_loop: Callable[...
     [(lambda: 1, ()), (jobs.double, (socket.socket.accept,)), (jobs.not_picklable, ())],
     ids=["function", "argument", "result"],
 )
-def test_what_cannot_be_sent_is_told_as_an_exception(
+def test_what_cannot_be_pickled_is_told_as_an_exception(
     make_loop: Callable[..., Loop], function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     loop = make_loop(PROCESSES)
@@ -144,6 +144,53 @@ def test_what_cannot_be_sent_is_told_as_an_exception(
     run_until(loop, lambda: bad.done() and good.done())
     assert isinstance(bad.exception(), Exception)
     assert good.result() == 8
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "tells"),
+    [
+        (len, (jobs.LoadsOnlyIn(os.getpid()),), str(os.getpid())),
+        (jobs.result_that_loads_only_here, (), ""),
+        (jobs.fail_unloadably, (), "Unloadable: one"),
+    ],
+    ids=["argument", "result", "exception"],
+)
+def test_what_cannot_be_loaded_is_told_as_an_exception_and_costs_no_other_job(
+    make_loop: Callable[..., Loop], tmp_path: Path, function: Callable[..., Any], arguments: tuple[Any, ...], tells: str
+) -> None:
+    loop = make_loop(PROCESSES)
+    other = loop.offload(jobs.wait_for, str(tmp_path / "go"), "unharmed")
+    bad = loop.offload(function, *arguments)
+    run_until(loop, bad.done)
+    error = bad.exception()
+    assert isinstance(error, Exception)
+    assert not isinstance(error, BrokenProcessPool)
+    assert tells in str(error)
+    jobs.note(str(tmp_path / "go"))
+    run_until(loop, other.done)
+    assert other.result() == "unharmed"
+
+
+def test_an_exception_from_a_process_tells_where_it_was_raised(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop(PROCESSES)
+    job = loop.offload(jobs.fail, "nothing there")
+    run_until(loop, job.done)
+    error = job.exception()
+    assert error is not None
+    assert "in fail" in str(error.__cause__)
+
+
+@both
+def test_a_job_that_wants_to_end_the_program_ends_nothing(offload: Offload, make_loop: Callable[..., Loop]) -> None:
+    loop, asker = make_loop(offload), Asker()
+    _, peer = connected(loop, asker)
+    with peer:
+        asker.answer = lambda job: job.result()  # type: ignore[method-assign]
+        asker.ask(jobs.leave)
+        run_until(loop, lambda: asker.errors)
+        (error,) = asker.errors
+        assert isinstance(error, RuntimeError)
+        assert isinstance(error.__cause__, SystemExit)
 
 
 # A connection's jobs
@@ -253,6 +300,21 @@ def test_what_a_callback_raises_ends_its_connection_and_no_other(
             peer.recv(1)
 
 
+def test_after_a_callback_that_raises_no_other_comes(
+    make_loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, careless = make_loop(), Asker()
+    _, peer = connected(loop, careless)
+    with peer:
+        job = careless.transport.offload(jobs.fail, "unexpected")
+        job.add_done_callback(Job.result)
+        job.add_done_callback(careless.answer)
+        run_until(loop, lambda: careless.errors)
+        job.add_done_callback(careless.answer)
+        run_turns(loop)
+        assert (careless.answers, "unexpected" in caplog.text) == ([], True)
+
+
 def test_what_a_callback_of_nobodys_job_raises_is_logged(
     make_loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,6 +361,63 @@ def test_the_result_of_a_cancelled_job_that_runs_is_thrown_away(make_loop: Calla
         run_until(loop, job.done)
         run_turns(loop)
         assert asker.answers == [8, 10]
+
+
+def test_a_job_that_its_thread_has_not_begun_never_runs_once_it_is_cancelled(
+    make_loop: Callable[..., Loop], tmp_path: Path
+) -> None:
+    loop = make_loop(Offload(workers=1))
+    first = loop.offload(jobs.wait_for, str(tmp_path / "go"))
+    following = loop.offload(jobs.note, str(tmp_path / "ran"))  # the executor has it, too
+    following.cancel()
+    last = loop.offload(jobs.double, 1)
+    jobs.note(str(tmp_path / "go"))
+    run_until(loop, lambda: first.done() and last.done())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_cancelled_jobs_make_room_behind_one_that_runs(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
+    loop, asker = make_loop(Offload(workers=1, per_connection=4)), Asker()
+    connection, peer = connected(loop, asker)
+    with peer:
+        asker.ask(jobs.wait_for, str(tmp_path / "go"), "first")
+        for _ in range(100):
+            waiting = [asker.ask(jobs.double, number) for number in range(5)]
+            for job in waiting[1:]:
+                job.cancel()
+            waiting[0].cancel()
+        assert loop.jobs.jobs == 1
+        peer.sendall(b"x")
+        run_until(loop, lambda: asker.received)  # it is not held back any more
+        jobs.note(str(tmp_path / "go"))
+        run_until(loop, lambda: asker.answers)
+        connection.close()
+        assert connection.state is State.LINGERING  # nothing is owed
+        assert asker.answers == ["first"]
+
+
+def test_a_job_is_cancelled_as_long_as_nobody_was_told(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
+    loop, asker = make_loop(), Asker()
+    _, peer = connected(loop, asker)
+    with peer:
+        asker.ask(jobs.wait_for, str(tmp_path / "go"), "first")
+        quick, last = asker.ask(jobs.double, 1), asker.ask(jobs.double, 2)
+        run_until(loop, lambda: quick.done() and last.done())
+        quick.cancel()
+        jobs.note(str(tmp_path / "go"))
+        run_until(loop, lambda: len(asker.answers) == 2)
+        last.cancel()  # too late
+        assert (asker.answers, quick.cancelled(), last.cancelled()) == (["first", 4], True, False)
+
+
+def test_closing_the_loop_cancels_what_nobody_owns_as_well(tmp_path: Path) -> None:
+    loop = Loop(offload=Offload(workers=1))
+    everything = [loop.offload(jobs.wait_for, str(tmp_path / "go")) for _ in range(4)]
+    jobs.note(str(tmp_path / "go"))
+    loop.close()
+    assert [job.cancelled() for job in everything] == [True] * 4
+    assert loop.jobs.jobs == 0
+    everything[0].cancel()
 
 
 @both
@@ -392,6 +511,84 @@ def test_close_waits_for_the_answers_and_receives_nothing_meanwhile(
         assert (protocol.errors, peer.recv(100)) == ([None], b"")
 
 
+#: What may happen before close(), as long as we may still send.
+BEFORE = {State.OPEN: (), State.HALF_CLOSED_REMOTE: (Event.PEER_EOF,)}
+
+
+@pytest.mark.parametrize("then", ["answered", "cancelled", "aborted", "write_eof"])
+@pytest.mark.parametrize("state", BEFORE, ids=lambda state: state.name.lower())
+def test_a_close_that_waits_for_answers_follows_the_table_afterwards(
+    state: State, then: str, make_loop: Callable[..., Loop], tmp_path: Path
+) -> None:
+    class KeepsOpen(Answering):
+        def eof_received(self) -> bool | None:
+            super().eof_received()
+            return True
+
+    loop, protocol = make_loop(), KeepsOpen(str(tmp_path / "go"))
+    connection, peer = connected(loop, protocol)
+    with peer:
+        job = protocol.ask(jobs.wait_for, protocol.path, b"answer")
+        if Event.PEER_EOF in BEFORE[state]:
+            peer.shutdown(socket.SHUT_WR)
+            run_until(loop, lambda: "eof_received" in protocol.calls)
+        connection.close()
+        connection.close()
+        assert (connection.state, connection.is_closing(), connection.is_reading()) == (state, True, False)
+        if then == "aborted":
+            connection.abort()
+            expected = TRANSITIONS[state, Event.LOST]
+        else:
+            closing = TRANSITIONS[state, Event.CLOSE]
+            expected = TRANSITIONS[closing, Event.FLUSHED]
+        if then == "cancelled":
+            job.cancel()
+        elif then == "write_eof":  # as after any close(), it does nothing
+            connection.write_eof()
+        jobs.note(protocol.path)
+        run_until(loop, lambda: connection.state is expected)
+        if then == "aborted":
+            with pytest.raises(ConnectionResetError):
+                peer.recv(100)
+        else:
+            answer = b"" if then == "cancelled" else b"answer"
+            assert peer.recv(100, socket.MSG_WAITALL) == answer
+        peer.close()
+        run_until(loop, lambda: protocol.errors)
+        assert protocol.errors == [None]
+
+
+def test_who_closes_already_is_not_asked_to_drain(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
+    class Told(Answering):
+        def draining(self) -> bool | None:
+            self.calls.append("draining")
+            return None
+
+    loop, protocol = make_loop(), Told(str(tmp_path / "go"))
+    connection, peer = connected(loop, protocol)
+    with peer:
+        protocol.ask(jobs.wait_for, protocol.path, b"answer")
+        connection.close()
+        connection.drain()
+        assert "draining" not in protocol.calls
+        jobs.note(protocol.path)
+
+
+def test_the_first_byte_is_not_waited_for_while_an_answer_is_owed(
+    make_loop: Callable[..., Loop], tmp_path: Path
+) -> None:
+    loop, protocol = make_loop(), Answering(str(tmp_path / "go"))
+    loop.clients.first_data = 10.0
+    connection, peer = connected(loop, protocol)
+    with peer:
+        assert connection.check(connection.began) == connection.began + 10.0
+        protocol.ask(jobs.wait_for, protocol.path, b"greeting")
+        connection.check(connection.began + 100.0)
+        assert not connection.is_closing()
+        jobs.note(protocol.path)
+        run_until(loop, lambda: protocol.answers)
+
+
 def test_the_peer_does_not_idle_while_it_waits_for_an_answer(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
     now = [0.0]
     loop = Loop(offload=THREADS, clock=lambda: now[0])
@@ -452,7 +649,7 @@ def test_a_drain_lets_jobs_come_to_their_end_and_cuts_those_that_do_not(tmp_path
         first = next(client for client in clients if client.getsockname() == peername)
         assert first.recv(100, socket.MSG_WAITALL) == b"question"  # and then EOF
         first.close()
-        wait_until(lambda: server.stats().jobs == 1)
+        wait_until(lambda: server.stats().connections == 1)
         server.shutdown(0.0, wait=False)
         other = next(client for client in clients if client is not first)
         with pytest.raises(ConnectionResetError):
@@ -480,14 +677,14 @@ def test_a_pool_that_dies_fails_what_it_had_and_the_rest_goes_on(make_loop: Call
             assert asker.answers[2:] == [2, 4, 6, 8]  # the executor may have had the first of them, too
 
 
-def test_an_exception_that_cannot_be_loaded_is_an_exception_all_the_same(make_loop: Callable[..., Loop]) -> None:
-    loop = make_loop(PROCESSES)
-    job = loop.offload(jobs.fail_unloadably)
-    run_until(loop, job.done)
-    assert isinstance(job.exception(), Exception)
-    following = loop.offload(jobs.double, 1)
-    run_until(loop, following.done)
-    assert following.result() == 2
+def test_a_process_that_dies_while_arguments_are_on_their_way_holds_up_nobody(make_loop: Callable[..., Loop]) -> None:
+    """They are more than a pipe holds, and nobody reads them any more."""
+    loop = make_loop(Offload("processes", workers=1))
+    dying = loop.offload(jobs.die)
+    others = [loop.offload(len, bytes(10_000_000)) for _ in range(3)]
+    run_until(loop, lambda: all(job.done() for job in (dying, *others)))
+    assert isinstance(dying.exception(), BrokenProcessPool)
+    assert others[-1].result() == 10_000_000
 
 
 def test_closing_does_not_wait_for_a_process_that_computes_for_ever(tmp_path: Path) -> None:
@@ -497,6 +694,36 @@ def test_closing_does_not_wait_for_a_process_that_computes_for_ever(tmp_path: Pa
     loop.offload(jobs.wait_for, str(tmp_path / "never"), None, 3600.0)
     loop.close()
     wait_until(lambda: ended(pid.result()))
+
+
+def test_closing_does_not_wait_for_processes_that_keep_their_gil(tmp_path: Path) -> None:
+    loop = Loop(offload=PROCESSES)
+    paths = [tmp_path / "one", tmp_path / "other"]
+    for path in paths:
+        loop.offload(jobs.keep_the_gil, str(path))
+    pids = [int(wait_until(lambda path=path: path.exists() and path.read_text())) for path in paths]  # type: ignore[misc]
+    loop.close()
+    for pid in pids:
+        wait_until(lambda pid=pid: ended(pid))  # type: ignore[misc]
+
+
+def test_closing_does_not_wait_for_the_rest_of_a_result(tmp_path: Path) -> None:
+    """Its process ended in the middle of it."""
+    loop = Loop(offload=Offload("processes", workers=1))
+    pid = loop.offload(jobs.own_pid)
+    run_until(loop, pid.done)
+    loop.offload(jobs.die_while_answering)
+    wait_until(lambda: ended(pid.result()))
+    loop.close()
+
+
+def test_a_pool_that_cannot_be_made_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(executor: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("muxio.server.offload._Processes.warm_up", fail)
+    with pytest.raises(OSError, match="no more processes"):
+        Loop(offload=PROCESSES)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to see a process's descriptors")
@@ -522,16 +749,18 @@ SCRIPT = """
     import jobs
     from muxio.server import Offload, Protocol, serve
 
+    KINDS = {"waits": (jobs.wait_for, "/never/there", None, 3600.0), "keeps the GIL": (jobs.keep_the_gil, "started")}
+
     class Busy(Protocol):
         def data_received(self, data):
             self.transport.offload(jobs.own_pid).add_done_callback(self.tell)
-            self.transport.offload(jobs.wait_for, "/never/there", None, 3600.0)
+            self.transport.offload(*KINDS[sys.argv[1]])
 
         def tell(self, job):
             self.transport.write(b"%d" % job.result())
 
     if __name__ == "__main__":
-        serve(("127.0.0.1", 0), Busy, offload=Offload("processes", workers=2), quiet=True)
+        serve(("127.0.0.1", 0), Busy, offload=Offload("processes", workers=1), quiet=True)
 """
 
 
@@ -551,18 +780,24 @@ def interrupted(served: Served) -> None:
     assert served.process.stderr.read() == ""
 
 
+@pytest.mark.parametrize("computing", ["waits", "keeps the GIL"])
 @pytest.mark.parametrize("end", [killed, interrupted])
-def test_processes_of_a_pool_end_with_the_server(end: Callable[[Served], None], tmp_path: Path) -> None:
+def test_processes_of_a_pool_end_with_the_server(end: Callable[[Served], None], computing: str, tmp_path: Path) -> None:
+    if computing == "keeps the GIL" and sys.platform != "linux":
+        pytest.skip("no signal at the end of a pipe")
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     path = os.pathsep.join([str(Path(jobs.__file__).parent), *sys.path])
-    command = [sys.executable, str(script)]
-    program = running(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+    command = [sys.executable, str(script), computing]
+    environment = {**os.environ, "PYTHONPATH": path}
+    program = running(command, env=environment, cwd=tmp_path, start_new_session=True)
     with program as served, socket.create_connection(served.address, TIMEOUT) as client:
         client.sendall(b"?")
         pid = int(client.recv(100))
+        if computing == "keeps the GIL":
+            wait_until((tmp_path / "started").exists)
         end(served)
-        wait_until(lambda: ended(pid), TIMEOUT)
+        wait_until(lambda: ended(pid), TIMEOUT / 2)  # it would compute for longer
 
 
 def test_without_a_job_nothing_is_imported_for_it() -> None:

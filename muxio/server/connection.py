@@ -238,9 +238,17 @@ class Connection:
             self._watch()
             self._group.hasten(self, self._next_deadline()[0])
 
+    def call_back(self, callback: Callable[[Job], object], job: Job) -> None:
+        """One of our jobs is over: tell the protocol, unless it has been lost in the meantime."""
+        if self._state is not State.CLOSED:
+            try:
+                callback(job)
+            except Exception as error:
+                self.failed(error)
+
     def drain(self) -> None:
         """The server stops: let the protocol come to an end."""
-        if self._state not in _ENDING:
+        if not self.is_closing():
             try:
                 goes_on = self._protocol.draining()
             except Exception as error:
@@ -293,7 +301,8 @@ class Connection:
                 sent -= size
 
     def write_eof(self) -> None:
-        self._move(Event.WRITE_EOF)
+        if not self._flags & _CLOSES_LATER:  # EOF will follow the answers
+            self._move(Event.WRITE_EOF)
 
     def close(self) -> None:
         if self._flags & _ANSWERING and self._state not in _ENDING:
@@ -557,11 +566,12 @@ class Connection:
             (self._deadline, "the protocol's deadline is over"),
             (self.began + group.lifetime, f"connected for {group.lifetime:g} s"),
         ]
+        waits = self._receiving and not self._flags & _ANSWERING  # for the peer
         if self._queue is not None:
             deadlines.append((self._queue.progress + group.write, f"nothing was taken for {group.write:g} s"))
-        elif self._receiving and not self._flags & _ANSWERING:  # else it is not the peer who is waited for
+        elif waits:
             deadlines.append((self._active + group.idle, f"idle for {group.idle:g} s"))
-        if self._receiving and not self.bytes_in:
+        if waits and not self.bytes_in:
             deadlines.append((self.began + group.first_data, f"no data within {group.first_data:g} s"))
         return min(deadlines)
 

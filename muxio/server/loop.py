@@ -139,8 +139,12 @@ class Loop:
         self._order = itertools.count()
         self._stopping = False
         self._signals: _SignalChannel | None = None
-        #: What was offloaded.
-        self.jobs = Pool(offload, self.call_soon_threadsafe)
+        try:
+            #: What was offloaded.
+            self.jobs = Pool(offload, self.call_soon_threadsafe)
+        except BaseException:
+            self.poller.close()
+            raise
 
     def peer_time(self) -> float:
         """The time by which peers are judged: when this turn began, less what callbacks have held up the loop.

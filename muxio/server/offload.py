@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import pickle
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing import Protocol as Interface
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
+    from concurrent.futures import Future
 
 logger = logging.getLogger("muxio.server")
 
@@ -68,8 +69,12 @@ class Owner(Interface):
     def answered(self) -> None:
         """All its jobs are over, and it knows."""
 
-    def failed(self, error: Exception) -> None:
-        """A callback raised."""
+    def call_back(self, callback: Callable[[Job], object], job: Job) -> None:
+        """Call a callback, unless its end has come. What that raises is its own trouble."""
+
+
+class RemoteTraceback(Exception):
+    """Where in a process of the pool an exception was raised, as text: the cause of the one that a job tells."""
 
 
 class State(enum.Enum):
@@ -87,16 +92,17 @@ class Job:
     A job whose connection was lost is cancelled; the protocol hears of that by ``connection_lost`` and by nothing else.
     """
 
-    __slots__ = ("_callbacks", "_error", "_pool", "_result", "_told", "call", "line", "state")
+    __slots__ = ("_callbacks", "_error", "_pool", "_result", "_told", "call", "future", "line", "state")
 
     def __init__(self, pool: Pool, line: Line, call: Callable[[], Any]) -> None:
         self._pool = pool
         self._callbacks: list[Callable[[Job], object]] = []
         self._result: Any = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._told = False
         self.line = line
         self.call = call
+        self.future: Future[Any] | None = None  # the executor's, while that has the job
         self.state = State.WAITING
 
     def __repr__(self) -> str:
@@ -108,7 +114,7 @@ class Job:
         What it raises ends the connection, as what every callback of a protocol raises does.
         """
         if self._told:
-            self._pool.call_soon(self._pool.call_back, self.line.owner, callback, self)
+            self._pool.call_soon(self.line.call_back, callback, self)
         else:
             self._callbacks.append(callback)
 
@@ -123,8 +129,12 @@ class Job:
             raise error
         return self._result
 
-    def exception(self) -> BaseException | None:
-        """What the function raised, or None. InvalidStateError: it is not done."""
+    def exception(self) -> Exception | None:
+        """What the function raised, or None. InvalidStateError: it is not done.
+
+        What is no `Exception`, such as sys.exit()'s SystemExit, was not meant for this thread: it is the cause of a
+        RuntimeError.
+        """
         if self.state is not State.DONE:
             from concurrent.futures import InvalidStateError
 
@@ -142,18 +152,26 @@ class Job:
     def cancel(self) -> None:
         """Call its callbacks never. If it still waits it will not run, if it runs its result is thrown away.
 
-        Nothing stops a function that runs: until it returns, it has its thread or its process. Once done, or again,
-        this does nothing.
+        Nothing stops a function that runs, or that has been sent to a process which will be free next: until it
+        returns, it has its thread or its process. Once its callbacks were called, or again, this does nothing.
         """
-        if not self.done():
-            self.state = State.CANCELLED
-            self._pool.cancelled(self)
+        if not self._told and self.state is not State.CANCELLED:
+            self._pool.cancel(self)
 
     # For the pool
 
     def finish(self, result: Any, error: BaseException | None) -> None:
         """Take what came of it."""
+        if error is not None and not isinstance(error, Exception):
+            cause, error = error, RuntimeError(f"the function raised {error!r}")
+            error.__cause__ = cause
         self._result, self._error, self.state = result, error, State.DONE
+
+    def give_up(self) -> None:
+        """Be cancelled, as far as the job itself goes; `Pool.cancel` does the rest."""
+        self.state = State.CANCELLED
+        if self.future is not None:
+            self.future.cancel()  # if it has not begun, it never will
 
     def take_callbacks(self) -> list[Callable[[Job], object]]:
         """Whom to tell; from now on nobody waits to be."""
@@ -174,6 +192,16 @@ class Line:
         #: Those of them that have not been given to the executor.
         self.waiting: deque[Job] = deque()
 
+    def call_back(self, callback: Callable[[Job], object], job: Job) -> None:
+        """Call one callback."""
+        if self.owner is not None:
+            self.owner.call_back(callback, job)
+            return
+        try:
+            callback(job)
+        except Exception:
+            logger.exception("exception in a callback of %r: %r", job, callback)
+
 
 class Pool:
     """Hands jobs to an executor, a few at a time, and tells of them.
@@ -191,12 +219,16 @@ class Pool:
         self.jobs = 0
         self._workers = self._settings.workers or _cores()
         self._executor: _Executor | None = None
-        self._at_work = 0  # jobs that the executor has
+        self._at_work: set[Job] = set()  # what the executor has
         self._lines: dict[Owner, Line] = {}
         self._turns: deque[Line] = deque()  # lines in which jobs wait
         self._closed = False
         if self._settings.kind == "processes":
-            self._open().warm_up()  # starting processes holds up a loop: before it runs
+            try:
+                self._open().warm_up()  # starting processes holds up a loop: before it runs
+            except BaseException:
+                self.close()
+                raise
 
     def submit(self, owner: Owner | None, call: Callable[[], Any]) -> Job:
         """Take a job of an owner, or of nobody. RuntimeError: the pool was closed."""
@@ -225,10 +257,18 @@ class Pool:
         if line is not None:
             self._drop(line)
 
-    def cancelled(self, job: Job) -> None:
-        """A job was cancelled: it makes room, and who waited behind it may be told."""
-        if not self._closed:
-            self.call_soon(self._tell, job.line)
+    def cancel(self, job: Job) -> None:
+        """Forget a job: it makes room, and who waited behind it may be told."""
+        line = job.line
+        job.give_up()
+        if job in line.answers:  # else the pool was closed meanwhile
+            line.answers.remove(job)
+            self.jobs -= 1
+            if job in line.waiting:
+                line.waiting.remove(job)
+                if not line.waiting:
+                    self._turns.remove(line)
+            self.call_soon(self._tell, line)  # not now: a callback may be at it
 
     def close(self) -> None:
         """Cancel everything, and give threads and processes back.
@@ -236,31 +276,20 @@ class Pool:
         Waits for functions that run in threads; those in processes are ended with them.
         """
         self._closed = True
-        for line in [*self._lines.values(), *self._turns]:
+        for line in [*self._lines.values(), *self._turns, *(job.line for job in self._at_work)]:
             self._drop(line)
         self._lines.clear()
         self._turns.clear()
         if self._executor is not None:
-            self._executor.close(self._at_work > 0)
+            self._executor.close(bool(self._at_work))
             self._executor = None
-
-    def call_back(self, owner: Owner | None, callback: Callable[[Job], object], job: Job) -> None:
-        """Call one callback."""
-        try:
-            callback(job)
-        except Exception as error:
-            if owner is None:
-                logger.exception("exception in a callback of %r: %r", job, callback)
-            else:
-                owner.failed(error)
 
     # Inside
 
     def _drop(self, line: Line) -> None:
         self.jobs -= len(line.answers)
         for job in line.answers:
-            if not job.done():
-                job.state = State.CANCELLED
+            job.give_up()
         line.answers.clear()
         line.waiting.clear()
 
@@ -271,48 +300,50 @@ class Pool:
 
     def _feed(self) -> None:
         """Give the executor as many jobs as it should have."""
-        while self._turns and self._at_work <= self._workers and not self._closed:
+        while self._turns and len(self._at_work) <= self._workers and not self._closed:
             line = self._turns.popleft()
             if line.waiting:  # else its owner is gone
                 job = line.waiting.popleft()
                 if line.waiting:
                     self._turns.append(line)
-                if job.state is State.WAITING:
-                    self._run(job)
+                self._run(job)
 
     def _run(self, job: Job) -> None:
         try:
             executor = self._open()
             try:
-                future = executor.pool.submit(job.call)
-            except RuntimeError:  # it broke, and nobody has been told yet
-                self._bury(executor)
+                job.future = executor.submit(job.call)
+            except RuntimeError:
+                if not executor.broken:
+                    raise
+                self._bury(executor)  # it broke, and nobody has been told yet
                 executor = self._open()
-                future = executor.pool.submit(job.call)
-        except Exception as error:  # no descriptors or no memory for a pool: that is this job's answer
+                job.future = executor.submit(job.call)
+        except Exception as error:  # not to be pickled, or no descriptors or no memory: that is this job's answer
             job.finish(None, error)
             self.call_soon(self._tell, job.line)
             return
         job.state = State.RUNNING
-        self._at_work += 1
-        future.add_done_callback(partial(self._came, job, executor))
+        self._at_work.add(job)
+        job.future.add_done_callback(partial(self._came, job, executor))
 
     def _came(self, job: Job, executor: _Executor, future: Future[Any]) -> None:
-        """Called by the executor's thread."""
+        """Called by the executor's thread, or by `Job.cancel`."""
+        result, error = (None, None) if future.cancelled() else executor.outcome(future)
         try:
-            self.call_soon(self._finished, job, executor, future)
+            self.call_soon(self._finished, job, executor, result, error)
         except RuntimeError:
             pass  # the loop is closed, and nobody waits
 
-    def _finished(self, job: Job, executor: _Executor, future: Future[Any]) -> None:
-        self._at_work -= 1
+    def _finished(self, job: Job, executor: _Executor, result: Any, error: BaseException | None) -> None:
+        self._at_work.discard(job)
+        job.future = None
         if self._closed:
             return
-        error = future.exception()
-        if executor.is_broken_by(error):
+        if executor.broken:
             self._bury(executor)
         if job.state is State.RUNNING:
-            job.finish(future.result() if error is None else None, error)
+            job.finish(result, error)
         self._feed()
         self._tell(job.line)
 
@@ -324,15 +355,11 @@ class Pool:
 
     def _tell(self, line: Line) -> None:
         """Tell of all jobs at the head of a line that are over."""
-        if not line.answers:
-            return
         while line.answers and line.answers[0].done():
             job = line.answers.popleft()
             self.jobs -= 1
-            if not job.cancelled():
-                for callback in job.take_callbacks():
-                    if not job.cancelled():
-                        self.call_back(line.owner, callback, job)
+            for callback in job.take_callbacks():
+                line.call_back(callback, job)
         if line.owner is None or self._lines.get(line.owner) is not line:
             return
         if line.answers:
@@ -354,13 +381,17 @@ class Pool:
 class _Executor(Interface):
     """One of concurrent.futures' executors, and how it comes and goes."""
 
-    pool: Executor
+    #: Whether one of its processes has died, and all that it had to do with it.
+    broken: bool
 
     def __init__(self, workers: int) -> None: ...
 
     def warm_up(self) -> None: ...
 
-    def is_broken_by(self, error: BaseException | None) -> bool: ...
+    def submit(self, call: Callable[[], Any]) -> Future[Any]: ...
+
+    def outcome(self, future: Future[Any]) -> tuple[Any, BaseException | None]:
+        """What came of it: the result, or what was raised. In the executor's thread."""
 
     def close(self, busy: bool) -> None: ...
 
@@ -369,16 +400,21 @@ class _Threads:
     def __init__(self, workers: int) -> None:
         from concurrent.futures.thread import ThreadPoolExecutor
 
-        self.pool: Executor = ThreadPoolExecutor(workers, thread_name_prefix="muxio offload")
+        self.broken = False
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="muxio offload")
 
     def warm_up(self) -> None:
         pass
 
-    def is_broken_by(self, error: BaseException | None) -> bool:
-        return False
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        return self._pool.submit(call)
+
+    def outcome(self, future: Future[Any]) -> tuple[Any, BaseException | None]:
+        error = future.exception()
+        return (future.result(), None) if error is None else (None, error)
 
     def close(self, busy: bool) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Processes:
@@ -391,36 +427,71 @@ class _Processes:
         # The fork server forks from a process that has no sockets, and no threads. Apple's libraries do not like forks.
         servable = "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
         context = multiprocessing.get_context("forkserver" if servable else "spawn")
-        self._broken = BrokenProcessPool
+        self.broken = False
+        self._broken_pool = BrokenProcessPool
         self._workers = workers
         lifeline: tuple[Any, Any] = context.Pipe(duplex=False)
         self._theirs, self._ours = lifeline
-        self.pool: Executor = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_begin, initargs=(self._theirs,)
-        )
+        self._pool: Any = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(self._theirs,))
 
     def warm_up(self) -> None:
         """Start all of them."""
         for _ in range(self._workers):
-            self.pool.submit(os.getpid)
+            self._pool.submit(os.getpid)
 
-    def is_broken_by(self, error: BaseException | None) -> bool:
-        return isinstance(error, self._broken)
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        try:
+            future: Future[Any] = self._pool.submit(_compute, pickle.dumps(call))
+        except self._broken_pool:
+            self.broken = True
+            raise
+        return future
+
+    def outcome(self, future: Future[Any]) -> tuple[Any, BaseException | None]:
+        try:
+            told = future.result()
+        except Exception as error:  # not the function's: a process has died
+            self.broken = True
+            return None, error
+        try:
+            result, failure, trace = pickle.loads(told)
+        except BaseException as error:
+            return None, error
+        if failure is not None:
+            failure.__cause__ = RemoteTraceback(f"\n{trace}")
+        return result, failure
 
     def close(self, busy: bool) -> None:
         """Let them end; at once if they are busy, since nobody waits for what they do."""
         if busy:
             self._ours.close()
-        self.pool.shutdown(wait=True, cancel_futures=True)
+            self._kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._ours.close()
         self._theirs.close()
+
+    def _kill(self) -> None:
+        """End the processes whatever they do, and let the executor's threads know.
+
+        Nobody else can end one that runs C code with its GIL. The threads would wait for ever for the rest of a message
+        whose sender, or receiver, was ended in the middle of it: the other ends of these pipes are open here, too. The
+        executor has nothing for that (kill_workers() of Python 3.14 only kills), so this looks inside.
+        """
+        for process in [*(self._pool._processes or {}).values()]:
+            process.kill()
+        self._pool._result_queue._writer.close()
+        if sys.version_info < (3, 11, 5):  # since then it closes this one itself when it breaks (gh-94777)
+            self._pool._call_queue._reader.close()
 
 
 _EXECUTORS: dict[str, type[_Threads | _Processes]] = {"threads": _Threads, "processes": _Processes}
 
 
+# What the processes of a pool run
+
+
 def _begin(lifeline: Any) -> None:
-    """What a process of a pool does first: end when the other end of the lifeline does; leave Ctrl-C to the server."""
+    """The first thing: end when the other end of the lifeline does; leave Ctrl-C to the server."""
     import signal
     import threading
 
@@ -432,6 +503,44 @@ def _begin(lifeline: Any) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    if sys.platform == "linux":
+        _end_by_signal(lifeline.fileno())
+
+
+def _end_by_signal(lifeline: int) -> None:
+    """Let the kernel end this process with the lifeline: by SIGIO, since a thread waits for C code that keeps the GIL.
+
+    Who gets that signal is a property of the open file, which all processes of the pool share: so it is opened anew.
+    """
+    if sys.platform == "linux":
+        import fcntl
+
+        try:
+            own = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # no /proc
+            return
+        fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(own, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+
+
+def _compute(call: bytes) -> bytes:
+    """Make a call, and tell what came of it: the result, what was raised, and where.
+
+    Pickled and loaded here, and loaded there by `_Processes.outcome`, so that what cannot be is this job's trouble. The
+    executor itself would break of it, and all other jobs that it has with this one.
+    """
+    try:
+        return pickle.dumps((pickle.loads(call)(), None, ""))
+    except BaseException as error:
+        import traceback
+
+        trace = traceback.format_exc()
+        try:
+            told = pickle.dumps((None, error, trace))
+            pickle.loads(told)
+        except Exception:
+            told = pickle.dumps((None, RuntimeError(trace.strip().rpartition("\n")[2]), trace))
+        return told
 
 
 def _cores() -> int:
