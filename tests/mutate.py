@@ -1,4 +1,4 @@
-"""Prove that the tests of the poller can fail: python tests/mutate.py
+"""Prove that the tests of the poller, and of offloading, can fail: python tests/mutate.py
 
 One mutation of mutations.py at a time is made in a copy of muxio, and the tests that should notice are run on it. A
 mutation is caught if one of them fails, or if they hang. Those that are missed show what the tests do not test.

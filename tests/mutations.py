@@ -1,7 +1,7 @@
 """What mutate.py does to muxio, one at a time: each mutation breaks a promise, and the tests have to tell.
 
 A mutation that breaks no promise does not belong here. The order is that of the files, from the bits up to the
-poller; then come the addresses, the workers and what they tell.
+poller; then come the addresses, the workers and what they tell, and the work that a server offloads.
 """
 
 from __future__ import annotations
@@ -1275,6 +1275,185 @@ TOLD = [
     ),
 ]
 
+OFFLOAD = "tests/test_offload.py::"
+
+
+def of_offload(name: str, promise: str, old: str, new: str, *tests: str, file: str = "offload") -> Mutation:
+    """One of the server's, which no conformance test notices."""
+    return Mutation(name, promise, f"server/{file}.py", old, new, tests=tuple(OFFLOAD + test for test in tests))
+
+
+OFFLOADED = [
+    of_offload(
+        "answers-as-they-come",
+        "answers come in the order of asking",
+        "        while line.answers and line.answers[0].done():\n            job = line.answers.popleft()\n",
+        "        while done := [job for job in line.answers if job.done()]:\n"
+        "            job = done[0]\n            line.answers.remove(job)\n",
+        "test_answers_come_in_the_order_of_asking",
+    ),
+    of_offload(
+        "first-come-first-served",
+        "who asks for much does not keep others waiting",
+        "                    self._turns.append(line)\n                self._run(job)",
+        "                    self._turns.appendleft(line)\n                self._run(job)",
+        "test_who_asks_for_much_does_not_keep_others_waiting",
+    ),
+    of_offload(
+        "the-executor-has-everything",
+        "a pool that dies takes no more than a few jobs with it",
+        "while self._turns and len(self._at_work) <= self._workers and",
+        "while self._turns and",
+        "test_a_pool_that_dies_fails_what_it_had_and_the_rest_goes_on",
+    ),
+    of_offload(
+        "never-held",
+        "who is far ahead of the pool is not read from",
+        "            if count >= most or self.jobs >= self._settings.jobs:",
+        "            if self.jobs >= self._settings.jobs:",
+        "test_who_is_far_ahead_of_the_pool_is_not_read_from",
+    ),
+    of_offload(
+        "held-for-himself-only",
+        "a pool that is behind holds who asks",
+        "            if count >= most or self.jobs >= self._settings.jobs:",
+        "            if count >= most:",
+        "test_a_pool_that_is_behind_holds_who_asks_until_he_is_answered",
+    ),
+    of_offload(
+        "cancelled-jobs-stay",
+        "cancelled jobs make room",
+        "            line.answers.remove(job)\n            self.jobs -= 1\n",
+        "",
+        "test_cancelled_jobs_make_room_behind_one_that_runs",
+    ),
+    of_offload(
+        "cancelled-in-name-only",
+        "what waits never runs once it is cancelled",
+        "                line.waiting.remove(job)\n                if not line.waiting:",
+        "                if not line.waiting:",
+        "test_a_cancelled_job_that_waits_never_runs_and_nobody_is_told",
+    ),
+    of_offload(
+        "a-thread-begins-what-was-cancelled",
+        "what has not begun never runs once it is cancelled",
+        "            self.future.cancel()  #",
+        "            pass  #",
+        "test_a_job_that_its_thread_has_not_begun_never_runs_once_it_is_cancelled",
+    ),
+    of_offload(
+        "done-is-too-late",
+        "a job is cancelled as long as nobody was told",
+        "        if not self._told and self.state is not State.CANCELLED:",
+        "        if not self.done():",
+        "test_a_job_is_cancelled_as_long_as_nobody_was_told",
+    ),
+    of_offload(
+        "nobodys-jobs-outlive-the-loop",
+        "closing the loop cancels all jobs",
+        ", *(job.line for job in self._at_work)]:",
+        "]:",
+        "test_closing_the_loop_cancels_what_nobody_owns_as_well",
+    ),
+    of_offload(
+        "a-job-ends-the-loop",
+        "what is no Exception comes as one",
+        "        if error is not None and not isinstance(error, Exception):",
+        "        if False:",
+        "test_a_job_that_wants_to_end_the_program_ends_nothing",
+    ),
+    of_offload(
+        "what-was-raised-is-lost",
+        "an exception that cannot be loaded is told by its name",
+        "            pickle.loads(told)\n        except Exception:",
+        "        except Exception:",
+        "test_what_cannot_be_loaded_is_told_as_an_exception_and_costs_no_other_job",
+    ),
+    of_offload(
+        "traces-are-lost",
+        "an exception from a process tells where it was raised",
+        "            failure.__cause__ = RemoteTraceback(",
+        "            RemoteTraceback(",
+        "test_an_exception_from_a_process_tells_where_it_was_raised",
+    ),
+    of_offload(
+        "the-executor-loads",
+        "what cannot be loaded costs no other job",
+        "self._pool.submit(_compute, pickle.dumps(call))",
+        "self._pool.submit(call)",
+        "test_what_cannot_be_loaded_is_told_as_an_exception_and_costs_no_other_job",
+    ),
+    of_offload(
+        "a-dead-pool-is-kept",
+        "when a pool dies, the rest goes to a new one",
+        "            self._executor = None\n            executor.close(True)",
+        "            pass",
+        "test_a_pool_that_dies_fails_what_it_had_and_the_rest_goes_on",
+    ),
+    of_offload(
+        "half-a-result-is-waited-for",
+        "closing does not wait for the rest of a result",
+        "        self._pool._result_queue._writer.close()\n",
+        "",
+        "test_closing_does_not_wait_for_the_rest_of_a_result",
+    ),
+    of_offload(
+        "orphans-compute-on",
+        "the processes of a pool end with the server",
+        "os.O_NONBLOCK | os.O_ASYNC)",
+        "os.O_NONBLOCK)",
+        "test_processes_of_a_pool_end_with_the_server",
+    ),
+    of_offload(
+        "forked",
+        "processes of a pool have no sockets of the server",
+        'multiprocessing.get_context("forkserver" if servable else "spawn")',
+        'multiprocessing.get_context("fork")',
+        "test_processes_of_a_pool_have_no_sockets_of_the_server",
+    ),
+    of_offload(
+        "close-owes-nothing",
+        "close() waits for the answers",
+        "        if self._flags & _ANSWERING and self._state not in _ENDING:",
+        "        if False:",
+        "test_close_waits_for_the_answers_and_receives_nothing_meanwhile",
+        file="connection",
+    ),
+    of_offload(
+        "deadlines-wait-for-answers",
+        "a deadline cuts jobs off",
+        "            self._drop_jobs()\n            self.close()",
+        "            self.close()",
+        "test_a_deadline_of_the_protocols_cuts_jobs_off",
+        file="connection",
+    ),
+    of_offload(
+        "the-idle-time-runs-while-we-compute",
+        "the peer does not idle while it waits for an answer",
+        "        waits = self._receiving and not self._flags & _ANSWERING",
+        "        waits = self._receiving",
+        "test_the_peer_does_not_idle_while_it_waits_for_an_answer",
+        "test_the_first_byte_is_not_waited_for_while_an_answer_is_owed",
+        file="connection",
+    ),
+    of_offload(
+        "told-after-the-end",
+        "after a callback that raises no other comes",
+        "        if self._state is not State.CLOSED:\n            try:\n                callback(job)",
+        "        if True:\n            try:\n                callback(job)",
+        "test_after_a_callback_that_raises_no_other_comes",
+        file="connection",
+    ),
+    of_offload(
+        "jobs-outlive-their-connection",
+        "a reset cancels the connection's jobs",
+        "            self.loop.jobs.drop(self)",
+        "            pass",
+        "test_a_reset_cancels_what_waits_and_nobody_is_told_of_what_runs",
+        file="connection",
+    ),
+]
+
 MUTATIONS = [
     *EVENTS_FILE,
     *CHOICE,
@@ -1292,4 +1471,5 @@ MUTATIONS = [
     *ADDRESSES,
     *WORKERS,
     *TOLD,
+    *OFFLOADED,
 ]
