@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 
 import muxio
 from muxio.backends import NAMES
+from muxio.cores import core_count
 from muxio.quantities import count, or_none, seconds
 
 DEFAULT_ADDRESS = "127.0.0.1:8007"
@@ -303,9 +303,7 @@ def _runs(text: str) -> int:
 
 def _workers(text: str) -> int:
     if text == "auto":
-        if sys.platform == "linux":
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return core_count()
     if not text.isdecimal() or not 1 <= int(text) <= MOST_WORKERS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_WORKERS}, or auto")
     return int(text)

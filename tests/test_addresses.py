@@ -186,14 +186,14 @@ def test_a_file_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> N
 def test_a_file_with_the_inode_of_ours_may_be_somebody_elses(tmp_path: Path) -> None:
     """A server that drains has closed its listener, and so freed the inode: who comes after it may get that."""
     path = str(tmp_path / "echo")
-    with listen(path, 1) as listener:
-        ours = file_of(listener)
+    with listen(path, 1):
+        ours = file_of(path)
         os.utime(path, ns=(0, 0))
         remove_file(ours)
         assert os.path.exists(path)
-        remove_file(file_of(listener))
+        remove_file(file_of(path))
         assert not os.path.exists(path)
-        assert file_of(listener) is None
+        assert file_of(path) is None
         remove_file(ours)  # gone, which is as well
 
 

@@ -17,6 +17,7 @@ FLOORS = {
     "muxio.events": -1,
     "muxio.backends": 0,
     "muxio.forks": 0,
+    "muxio.cores": 0,
     "muxio.poller": 1,
     "muxio.selector": 2,
     "muxio": 2,

@@ -27,13 +27,13 @@ from muxio.bench.processes import (
     build,
     can_tell_memory,
     compiler,
-    core_count,
     cores,
     cpu_clock,
     machine_time,
     module,
 )
 from muxio.bench.report import open_files
+from muxio.cores import core_count
 
 CONTESTANTS = ("muxio", "c", "epoll", "selectors", "asyncio", "uvloop", "gevent", "threads")
 PEERS = ("muxio", "asyncio", "uvloop")  #: who takes part by default in what is not the plain load

@@ -16,7 +16,8 @@ from functools import partial
 from muxio.bench.computing import BURN, WAYS
 from muxio.bench.load import PERCENTILES, Found, Load, put
 from muxio.bench.measure import Bar, Failure, Results, Row, Scenario
-from muxio.bench.processes import Cores, build, compiler, core_count, machine_time, module
+from muxio.bench.processes import Cores, build, compiler, machine_time, module
+from muxio.cores import core_count
 
 CONNECTIONS = 100
 RATE = 100.0  #: messages a second of all light clients together: few, since threads that share a GIL take not many more

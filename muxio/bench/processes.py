@@ -34,13 +34,6 @@ class Cores(NamedTuple):
     client: int | None
 
 
-def core_count() -> int:
-    """How many cores this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cores() -> Cores:
     """A core for the server and another for its clients, if there are two and processes can be pinned."""
     if sys.platform == "linux":

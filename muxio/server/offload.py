@@ -27,6 +27,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from typing import Protocol as Interface
 
+from muxio.cores import core_count
+
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
@@ -217,7 +219,7 @@ class Pool:
         self.call_soon = call_soon
         #: Jobs that are not over.
         self.jobs = 0
-        self._workers = self._settings.workers or _cores()
+        self._workers = self._settings.workers or core_count()
         self._executor: _Executor | None = None
         self._at_work: set[Job] = set()  # what the executor has
         self._lines: dict[Owner, Line] = {}
@@ -541,10 +543,3 @@ def _compute(call: bytes) -> bytes:
         except Exception:
             told = pickle.dumps((None, RuntimeError(trace.strip().rpartition("\n")[2]), trace))
         return told
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

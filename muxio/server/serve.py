@@ -269,7 +269,7 @@ def _serve_by_threads(address: Address, say: Say | None, tell: Say, notifier: No
     tally = _Tally(say)
     began = time.monotonic()
     listener = listen(address, BACKLOG)  # as the others do: ThreadedServer leaves the files of Unix sockets as they are
-    file = file_of(listener) if isinstance(address, str) else None
+    file = file_of(address)
     server = ThreadedServer(listener, report=tally.add)
 
     def stop() -> None:

@@ -116,7 +116,7 @@ class Server:
             self.loop.close()
             raise
         self.server_address: Any = sock.getsockname()
-        self._file = file_of(sock) if isinstance(address, str) else None
+        self._file = file_of(address)
         self._factory = factory
         self._report = report
         self._backlog = backlog

@@ -103,16 +103,13 @@ def inherited(fd: int) -> socket.socket:
 SocketFile = tuple[str, int, int]
 
 
-def file_of(listener: socket.socket) -> SocketFile | None:
-    """The file of a Unix listener; None if it has none."""
-    name = listener.getsockname()
-    if not isinstance(name, str) or not name:
-        return None
+def file_of(address: Address) -> SocketFile | None:
+    """The file that `listen` has just made for an address; None if it needed none."""
     try:
-        found = os.stat(name)
-    except OSError:
+        found = os.stat(address) if isinstance(address, str) else None
+    except (OSError, ValueError):  # gone already; an abstract name
         return None
-    return name, found.st_ino, found.st_mtime_ns
+    return None if found is None else (str(address), found.st_ino, found.st_mtime_ns)
 
 
 def remove_file(file: SocketFile | None) -> None:

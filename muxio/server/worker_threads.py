@@ -36,7 +36,7 @@ class WorkerThreads:
             listeners = [undo.enter_context(listener) for listener in listen_each(address, BACKLOG, count)]
             order = replace(order, shared=len(listeners) < count)
             self.server_address: Any = listeners[0].getsockname()
-            self._file = file_of(listeners[0]) if isinstance(address, str) else None
+            self._file = file_of(address)
             self.loop = Loop(order.backend)
             undo.callback(self.loop.close)
             self._servers: dict[str, Server] = {}

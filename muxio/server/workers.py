@@ -106,7 +106,7 @@ class Workers:
                 listener.close()
             raise
         self.server_address: Any = listeners[0].getsockname()
-        self._file = file_of(listeners[0]) if isinstance(address, str) else None
+        self._file = file_of(address)
         self._listeners = listeners
         self._places = [Place(str(number + 1), listeners[number % len(listeners)]) for number in range(count)]
         self._workers: set[Worker] = set()
