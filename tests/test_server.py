@@ -832,6 +832,7 @@ def test_over_the_limit_of_queued_bytes_only_those_are_read_who_take_what_they_g
     with serving(server) as address, ExitStack() as stack:
         greedy = [stack.enter_context(connect(address)) for _ in range(3)]
         honest = stack.enter_context(connect(address))
+        wait_until(lambda: server.stats().connections == len(greedy) + 1)  # over the limit nobody would be accepted
         for client in greedy:
             client.sendall(b"x")
         wait_until(lambda: server.stats().bytes_in == len(greedy))
