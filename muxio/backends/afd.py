@@ -1,16 +1,21 @@
-"""AFD polls on an I/O completion port, Windows.
+"""AFD, Windows: what its select() is made of, as operations that end at a completion port.
 
-What select(), WSAPoll() and the event objects of Winsock are made of is one request to the kernel's Ancillary Function
-Driver: "complete this when one of these things is true of that socket". It is not documented, but it is the same since
-Windows Vista, and wepoll, libuv, mio and trio stand on it. Facts in here are theirs, or were seen on Wine 8.0 [seen].
+``\\Device\\Afd`` is the driver below Winsock. A handle to it takes IOCTL_AFD_POLL, an operation that ends as soon as one of
+the events asked for holds for a socket, and then stands in the queue of the completion port that the handle belongs to.
+None of this is documented by Microsoft, and all of it has been the same since Windows Vista: wepoll, libuv, mio, polling
+and trio live on it. Where a fact is one of theirs, it says so here.
 
-- A request is about a moment: when it completes, somebody has to ask again. So a socket that has fired is asked for
-  anew at the next wait, and one that is not ready costs a wait nothing.
-- One request a socket at a time: two confuse Windows (wepoll, README). Who wants to know something else cancels first.
-- A request's memory is the kernel's until its completion was taken from the port, cancelled or not [seen: freeing it
-  earlier crashes].
-- Requests go through handles of the driver, not of sockets. To cancel one costs time in proportion to the requests on
-  its handle, so a handle serves a few dozen sockets (wepoll, polling).
+Four rules follow from how the driver behaves, and the rest of this file from them.
+
+- One operation a socket: with two at a time, one may end for the events of the other (trio, "_io_windows.py"). So changes
+  are collected, and what is new at the next wait is what the kernel is told.
+- The memory of an operation is the kernel's until its completion was taken out of the queue, cancelled or not. So all
+  that are under way stand in a table by their address, and nothing but a completion takes them out.
+- An operation ends once: what holds for longer is seen by beginning another. That is level-triggered, and costs as much as
+  is ready, not as is registered. What ended while nobody waited is no more than a hint, since it may have been read
+  meanwhile: it begins anew before anything is said of it.
+- Sockets are numbers that are used again. Each registration is an object of its own, and an operation belongs to that, not
+  to the number: what an operation of an earlier owner comes to is thrown away.
 """
 
 from __future__ import annotations
@@ -23,419 +28,585 @@ if sys.platform != "win32":
 import ctypes
 import errno
 import math
-import threading
-from ctypes import byref, c_int32, c_size_t, c_uint16, c_uint32, c_void_p, c_wchar_p, sizeof
+import time
+import warnings
+from collections.abc import Callable
+from ctypes import POINTER, byref, c_int, c_int64, c_size_t, c_ulong, c_ushort, c_void_p, c_wchar_p
 
-from muxio.backends.facility import INVALID, Facility, refuse_files
+from muxio.backends.facility import INVALID, Facility, until_signals
 from muxio.events import ERROR, HANGUP, INTEREST, ONESHOT, PRIORITY, READ, READ_CLOSED, WRITE, combinations
 
-IOCTL_AFD_POLL = 0x00012024
+#: AFD_POLL_*: the numbers of wepoll's src/afd.h.
+_RECEIVE = 0x1
+_RECEIVE_EXPEDITED = 0x2
+_SEND = 0x4
+_DISCONNECT = 0x8
+_ABORT = 0x10
+_LOCAL_CLOSE = 0x20
+_ACCEPT = 0x80
+_CONNECT_FAIL = 0x100
 
-# What a request asks for, and what it is answered with.
-RECEIVE, RECEIVE_EXPEDITED, SEND, DISCONNECT = 0x1, 0x2, 0x4, 0x8
-ABORT, LOCAL_CLOSE, ACCEPT, CONNECT_FAIL = 0x10, 0x20, 0x80, 0x100
+_IOCTL_AFD_POLL = 0x00012024
+_FOR_EVER = 2**63 - 1  # AFD_POLL_INFO.Timeout
 
-#: What is asked for in any case: that the connection was reset, was never made, and that the socket was closed here.
-_ALWAYS = ABORT | LOCAL_CLOSE | CONNECT_FAIL
+# NTSTATUS, [MS-ERREF] 2.3.1
+_SUCCESS = 0
+_PENDING = 0x103
+_CANCELLED = 0xC0000120
+#: What an operation is refused with when its socket was closed: the number is nobody's, or of something else by now.
+_CLOSED = {0xC0000008, 0xC0000024}  # STATUS_INVALID_HANDLE, STATUS_OBJECT_TYPE_MISMATCH
 
-#: Interest -> what is asked for; and what each answer means.
-_ASKS = {READ: RECEIVE | ACCEPT | DISCONNECT, WRITE: SEND, PRIORITY: RECEIVE_EXPEDITED}
-_MEANS = {
-    RECEIVE: READ,
-    ACCEPT: READ,
-    DISCONNECT: READ | READ_CLOSED,
-    SEND: WRITE,
-    RECEIVE_EXPEDITED: PRIORITY,
-    ABORT: ERROR | HANGUP,
-    CONNECT_FAIL: WRITE | ERROR,
-    LOCAL_CLOSE: INVALID,
-}
-
-#: How many sockets share a handle of the driver.
-_SHARE = 32
-
-#: How many completions one call takes.
-_BATCH = 256
-
-#: Seconds that the main thread waits at most before it lets Python look for signals. Ctrl-C arrives in a thread of its
-#: own there, and nothing that a poller may claim for itself ends a GetQueuedCompletionStatusEx: the event that Python
-#: sets is not an alert, and `signal.set_wakeup_fd` is the program's.
-_SIGNALS = 0.05
-
-#: Milliseconds for a completion that is certain to come, and to come soon.
-_CERTAIN = 100
-
-#: Tells a wake-up from the driver's completions.
-_WAKE_KEY = 1
-
+# mswsock.h. What a layered provider (LSP) has put over a socket, AFD does not know; these lead to what is below.
 _SIO_BASE_HANDLE = 0x48000022
+_SIO_BSP_HANDLE_SELECT = 0x4800001C
 _SIO_BSP_HANDLE_POLL = 0x4800001D
-_SOL_SOCKET, _SO_TYPE = 0xFFFF, 0x1008
 
-_STATUS_PENDING = 0x103
-_STATUS_CANCELLED = 0xC0000120
+_WSAENOTSOCK = 10038
 _WAIT_TIMEOUT = 258
-_FOREVER = 0xFFFFFFFF
+_INFINITE = 0xFFFFFFFF
+
+#: Sockets that share a handle to the driver. Cancelling an operation takes longer the more there are on its handle: with
+#: 1,000 one begins to feel it (trio). wepoll and mio have 32 as well.
+_GROUP = 32
+
+#: Completions that one call takes out of the queue.
+_BATCH = 1024
+
+#: How many seconds `close` gives the kernel to return the memory of cancelled operations.
+_PATIENCE = 5.0
+
+
+def _mask(events: int) -> int:
+    """What AFD is asked for. The close of the socket and errors are, always: they are reported without interest as well.
+
+    DISCONNECT, the peer's end, goes with READ: for who does not read it would hold for ever.
+    """
+    mask = _LOCAL_CLOSE | _ABORT | _CONNECT_FAIL
+    if events & READ:
+        mask |= _RECEIVE | _ACCEPT | _DISCONNECT
+    if events & WRITE:
+        mask |= _SEND
+    if events & PRIORITY:
+        mask |= _RECEIVE_EXPEDITED
+    return mask
+
+
+_MASKS = {events: _mask(events) for events in combinations(INTEREST | ONESHOT)}
+
+
+def _bits(events: int) -> int:
+    """What AFD's events are called here.
+
+    ABORT comes with a reset, but with two half-closes too, so it is a hang-up and not for sure an error (wepoll has it so).
+    """
+    bits = 0
+    if events & (_RECEIVE | _ACCEPT):
+        bits |= READ
+    if events & _RECEIVE_EXPEDITED:
+        bits |= PRIORITY
+    if events & _SEND:
+        bits |= WRITE
+    if events & _DISCONNECT:
+        bits |= READ | READ_CLOSED
+    if events & _ABORT:
+        bits |= HANGUP
+    if events & _CONNECT_FAIL:
+        bits |= WRITE | ERROR
+    return bits
+
+
+_BITS = [_bits(events) for events in range(_CONNECT_FAIL << 1)]
+
+
+class _Operation(ctypes.Structure):
+    """The memory of one IOCTL_AFD_POLL: an IO_STATUS_BLOCK, and an AFD_POLL_INFO for one socket."""
+
+    _fields_ = (
+        ("status", c_size_t),  # a union with a pointer, of which NTSTATUS is the lower half
+        ("information", c_size_t),
+        ("timeout", c_int64),
+        ("count", c_ulong),
+        ("exclusive", c_ulong),
+        ("handle", c_size_t),
+        ("events", c_ulong),
+        ("event_status", c_ulong),
+    )
+
+    status: int
+    timeout: int
+    count: int
+    handle: int
+    events: int
+
+    #: The registration that it belongs to, where it lies, and what it was begun for; 0 while it is not under way.
+    registration: _Registration
+    address: int
+    asked: int
+
+
+_INFO = _Operation.timeout.offset  # type: ignore[attr-defined]
+_INFO_SIZE = ctypes.sizeof(_Operation) - _INFO
+
+
+class _Group:
+    """A handle to the driver, and for how many more sockets it is good."""
+
+    __slots__ = ("handle", "room")
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.room = _GROUP
+
+
+class _Registration:
+    """A socket from `add` to `remove`. wanted: what AFD is to be asked for, 0 for nothing."""
+
+    __slots__ = ("base", "closed", "fd", "group", "operation", "wanted")
+
+    def __init__(self, fd: int, base: int, wanted: int, group: _Group) -> None:
+        self.fd = fd
+        self.base = base
+        self.wanted = wanted
+        self.group = group
+        self.closed = False  # the socket was, and its number may be somebody else's
+        self.operation: _Operation | None = None
+
+
+class Backend(Facility):
+    """All of AFD is called by the thread that waits: a change only notes what is new.
+
+    So a wait under way does not see changes, and the poller interrupts it. Nothing here needs a lock: changes come under
+    the poller's, and single operations on a dict are atomic.
+    """
+
+    name = "afd"
+    masks = _MASKS
+    sees_changes = False
+    wake_fd = -1  # no socket's
+
+    __slots__ = (
+        "__weakref__",
+        "_awake",
+        "_changed",
+        "_closed",
+        "_entries",
+        "_groups",
+        "_operations",
+        "_port",
+        "_reported",
+        "_sockets",
+        "_taken",
+        "_vacant",
+        "_waiter",
+    )
+
+    def __init__(self) -> None:
+        self._port: int | None = None
+        self._awake = False
+        #: Number -> its registration.
+        self._sockets: dict[int, _Registration] = {}
+        #: Address -> the operation that the kernel has there.
+        self._operations: dict[int, _Operation] = {}
+        # Three ordered sets of registrations: to be looked at before the next wait; the same, but after the others, so that
+        # nobody's turn is taken by who had his; and those whose sockets are closed, which is still to be told.
+        self._changed: dict[_Registration, None] = {}
+        self._reported: dict[_Registration, None] = {}
+        self._closed: dict[_Registration, None] = {}
+        self._groups: list[_Group] = []
+        self._vacant: dict[_Group, None] = {}
+        self._waiter: dict[None, object] = {}
+        #: OVERLAPPED_ENTRYs, four words each, of which the second is the address; and how many of them have been written
+        #: and not yet been looked at. Should an exception strike just when the kernel has handed them out, they are
+        #: still there.
+        self._entries = (c_size_t * (4 * _BATCH))()
+        self._taken = c_ulong(0)
+        self._port = _checked(_CreateIoCompletionPort(_INVALID_HANDLE, None, 0, 0))
+        try:
+            self._open_group()
+        except OSError:
+            self.close()
+            raise
+        _kept.append(self._operations)
+
+    def add(self, fd: int, mask: int) -> None:
+        base = _base_handle(fd)
+        if fd in self._sockets:
+            self.remove(fd)  # it is an earlier owner's
+        group = next(iter(self._vacant), None) or self._open_group()
+        group.room -= 1
+        if not group.room:
+            del self._vacant[group]
+        self._sockets[fd] = registration = _Registration(fd, base, mask, group)
+        self._changed[registration] = None
+
+    def modify(self, fd: int, mask: int) -> None:
+        registration = self._sockets.get(fd)
+        if registration is None or registration.closed:
+            raise OSError(errno.EBADF, f"closed while it was registered: {fd}")
+        registration.base = _base_handle(fd)
+        registration.wanted = mask
+        self._changed[registration] = None
+
+    def remove(self, fd: int) -> None:
+        registration = self._sockets.pop(fd, None)
+        if registration is not None:
+            registration.wanted = 0
+            registration.group.room += 1
+            self._vacant[registration.group] = None
+            self._closed.pop(registration, None)
+            self._changed[registration] = None
+
+    def disarm(self, fd: int, mask: int) -> None:
+        registration = self._sockets.get(fd)
+        if registration is not None:
+            registration.wanted = 0
+            self._changed[registration] = None
+
+    def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
+        token = object()
+        try:
+            if self._waiter.setdefault(None, token) is not token:
+                return []  # a look while another thread waits
+            if self._operations:
+                self._take_hints()
+            self._begin()
+            found: dict[int, int] = {}
+            for registration in list(self._closed)[:max_events]:
+                found[registration.fd] = INVALID
+                self._closed.pop(registration, None)
+            timeout = until_signals(timeout)
+            milliseconds = _INFINITE if timeout is None else math.ceil(timeout * 1000)
+            if found or self._awake:
+                milliseconds = 0
+            while (places := min(max_events - len(found), _BATCH)) > 0:
+                addresses = self._dequeue(milliseconds, places)
+                self._take(addresses, found)
+                if len(addresses) < places:
+                    break
+                milliseconds = 0  # cancelled ones and wake-ups took the places: more may stand behind them
+            events = list(found.items())
+            if self._awake:
+                events.append((self.wake_fd, READ))
+            return events
+        except BaseException:
+            for registration in list(self._sockets.values()):  # who knows where it struck: look at all of them anew
+                self._changed[registration] = None
+            raise
+        finally:
+            if self._waiter.get(None) is token:
+                del self._waiter[None]
+
+    def wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            _checked(_PostQueuedCompletionStatus(self._port, 0, 0, None))
+
+    def drain(self) -> None:
+        self._awake = False
+
+    def close(self) -> None:
+        port, self._port = self._port, None
+        if port is None:
+            return
+        try:
+            nothing = (c_size_t * 2)()
+            for group in self._groups:
+                _NtCancelIoFileEx(group.handle, None, nothing)
+            deadline = time.monotonic() + _PATIENCE
+            while self._operations and time.monotonic() < deadline:
+                for address in self._dequeue(10, _BATCH, port):
+                    self._operations.pop(address, None)
+                self._taken.value = 0
+        finally:
+            for group in self._groups:
+                _CloseHandle(group.handle)
+            _CloseHandle(port)
+            self._sockets.clear()
+            if not self._operations:  # else the memory is given up for lost, rather than given back too early
+                _kept[:] = [table for table in _kept if table is not self._operations]
+
+    def __del__(self) -> None:
+        if getattr(self, "_port", None) is not None:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+    # In the thread that waits
+
+    def _dequeue(self, milliseconds: int, places: int, port: int | None = None) -> list[int]:
+        """The addresses of operations that have ended, 0 for a wake-up. They stay until `_taken` is reset."""
+        if not self._taken.value and not _GetQueuedCompletionStatusEx(
+            port or self._port, self._entries, places, byref(self._taken), milliseconds, False
+        ):
+            error = ctypes.get_last_error()
+            self._taken.value = 0
+            if error != _WAIT_TIMEOUT:
+                raise ctypes.WinError(error)
+            return []
+        return self._entries[1 : 4 * self._taken.value : 4]
+
+    def _take_hints(self) -> None:
+        """Whatever ended since the last wait begins anew. That a socket was closed is true for good."""
+        while addresses := self._dequeue(0, _BATCH):
+            for address in addresses:
+                operation = self._operations.get(address)
+                if operation is not None:
+                    registration = operation.registration
+                    if self._is_current(operation):
+                        registration.closed |= _says_closed(operation)
+                        self._changed[registration] = None
+                    self._end(operation)
+            self._taken.value = 0
+            if len(addresses) < _BATCH:
+                break
+
+    def _take(self, addresses: list[int], found: dict[int, int]) -> None:
+        """Add what has just happened to what was found."""
+        for address in addresses:
+            operation = self._operations.get(address)
+            if operation is None:
+                continue
+            if self._is_current(operation):
+                registration = operation.registration
+                status = operation.status & 0xFFFFFFFF
+                if _says_closed(operation):
+                    registration.closed = True
+                    bits = INVALID
+                elif status == _CANCELLED:  # not by us, else it were current no more
+                    bits = 0
+                else:
+                    bits = _BITS[operation.events & 0x1FF] if status == _SUCCESS else ERROR
+                if bits:
+                    found[registration.fd] = bits
+                if not bits & INVALID:
+                    self._reported[registration] = None
+            self._end(operation)
+        self._taken.value = 0
+
+    def _is_current(self, operation: _Operation) -> bool:
+        """Whether it speaks for the registration that its number has now."""
+        registration = operation.registration
+        return registration.operation is operation and self._sockets.get(registration.fd) is registration
+
+    def _end(self, operation: _Operation) -> None:
+        operation.asked = 0
+        self._operations.pop(operation.address, None)
+
+    def _begin(self) -> None:
+        """Tell the kernel of all changes, and begin anew what has ended."""
+        for some in (self._changed, self._reported):
+            for registration in list(some):
+                some.pop(registration, None)
+                self._update(registration)
+
+    def _update(self, registration: _Registration) -> None:
+        operation, wanted = registration.operation, registration.wanted
+        if operation is not None and operation.asked:
+            if operation.asked == wanted and operation.handle == registration.base:
+                return
+            # It may have ended just now (STATUS_NOT_FOUND). Either way a completion returns its memory.
+            _NtCancelIoFileEx(registration.group.handle, operation.address, (c_size_t * 2)())
+            operation = registration.operation = None
+        if not wanted:
+            return
+        if registration.closed:
+            self._closed[registration] = None
+            return
+        if operation is None:
+            operation = registration.operation = _Operation()
+            operation.registration = registration
+            operation.address = ctypes.addressof(operation)
+        operation.timeout = _FOR_EVER
+        operation.count = 1
+        operation.handle = registration.base
+        operation.events = operation.asked = wanted
+        address = operation.address
+        self._operations[address] = operation
+        info = address + _INFO
+        # It ends at the port in any case: also where the answer is that it has ended already.
+        status = _NtDeviceIoControlFile(
+            registration.group.handle, None, None, address, address, _IOCTL_AFD_POLL, info, _INFO_SIZE, info, _INFO_SIZE
+        )
+        if status in (_SUCCESS, _PENDING):
+            return
+        self._end(operation)
+        if status not in _CLOSED:
+            self._changed[registration] = None
+            raise ctypes.WinError(_RtlNtStatusToDosError(status))
+        registration.closed = True
+        self._closed[registration] = None
+
+    # Handles
+
+    def _open_group(self) -> _Group:
+        handle = _open_afd()
+        if handle in self._sockets:  # so the socket that had this number was closed, and must not be polled any more
+            registration = self._sockets[handle]
+            registration.closed = True
+            self._changed[registration] = None
+        try:
+            _checked(_CreateIoCompletionPort(handle, self._port, 0, 0))
+        except OSError:
+            _CloseHandle(handle)
+            raise
+        group = _Group(handle)
+        self._groups.append(group)
+        self._vacant[group] = None
+        return group
+
+
+#: The operations of every backend that is open, and of those that could not be closed in order: who forgets to close a
+#: poller must not have the kernel write into freed memory.
+_kept: list[dict[int, _Operation]] = []
+
+
+def _says_closed(operation: _Operation) -> bool:
+    return bool(operation.status & 0xFFFFFFFF == _SUCCESS and operation.events & _LOCAL_CLOSE)
+
+
+# The calls
+
+_kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+_ntdll = ctypes.WinDLL("ntdll")
+_ws2_32 = ctypes.WinDLL("ws2_32", use_last_error=True)
+
+_INVALID_HANDLE = c_size_t(-1).value
+
+_CreateIoCompletionPort = _kernel32.CreateIoCompletionPort
+_CreateIoCompletionPort.argtypes = [c_void_p, c_void_p, c_size_t, c_ulong]
+_CreateIoCompletionPort.restype = c_size_t
+
+_PostQueuedCompletionStatus = _kernel32.PostQueuedCompletionStatus
+_PostQueuedCompletionStatus.argtypes = [c_void_p, c_ulong, c_size_t, c_void_p]
+_PostQueuedCompletionStatus.restype = c_int
+
+_GetQueuedCompletionStatusEx = _kernel32.GetQueuedCompletionStatusEx
+_GetQueuedCompletionStatusEx.argtypes = [c_void_p, c_void_p, c_ulong, c_void_p, c_ulong, c_int]
+_GetQueuedCompletionStatusEx.restype = c_int
+
+_CloseHandle = _kernel32.CloseHandle
+_CloseHandle.argtypes = [c_void_p]
+_CloseHandle.restype = c_int
+
+_NtDeviceIoControlFile = _ntdll.NtDeviceIoControlFile
+_NtDeviceIoControlFile.argtypes = [
+    c_void_p,
+    c_void_p,
+    c_void_p,
+    c_void_p,
+    c_void_p,
+    c_ulong,
+    c_void_p,
+    c_ulong,
+    c_void_p,
+    c_ulong,
+]
+_NtDeviceIoControlFile.restype = c_ulong
+
+_NtCancelIoFileEx = _ntdll.NtCancelIoFileEx
+_NtCancelIoFileEx.argtypes = [c_void_p, c_void_p, c_void_p]
+_NtCancelIoFileEx.restype = c_ulong
+
+_NtCreateFile = _ntdll.NtCreateFile
+_NtCreateFile.argtypes = [
+    c_void_p,
+    c_ulong,
+    c_void_p,
+    c_void_p,
+    c_void_p,
+    c_ulong,
+    c_ulong,
+    c_ulong,
+    c_ulong,
+    c_void_p,
+    c_ulong,
+]
+_NtCreateFile.restype = c_ulong
+
+_RtlNtStatusToDosError = _ntdll.RtlNtStatusToDosError
+_RtlNtStatusToDosError.argtypes = [c_ulong]
+_RtlNtStatusToDosError.restype = c_ulong
+
+_WSAIoctl = _ws2_32.WSAIoctl
+_WSAIoctl.argtypes = [c_size_t, c_ulong, c_void_p, c_ulong, c_void_p, c_ulong, c_void_p, c_void_p, c_void_p]
+_WSAIoctl.restype = c_int
 
 
 class _UnicodeString(ctypes.Structure):
-    _fields_ = (("length", c_uint16), ("capacity", c_uint16), ("buffer", c_wchar_p))
+    _fields_ = (("length", c_ushort), ("maximum", c_ushort), ("buffer", c_wchar_p))
 
 
 class _ObjectAttributes(ctypes.Structure):
     _fields_ = (
-        ("length", c_uint32),
-        ("directory", c_void_p),
-        ("name", ctypes.POINTER(_UnicodeString)),
-        ("attributes", c_uint32),
-        ("descriptor", c_void_p),
+        ("length", c_ulong),
+        ("root", c_void_p),
+        ("name", POINTER(_UnicodeString)),
+        ("attributes", c_ulong),
+        ("security", c_void_p),
         ("quality", c_void_p),
     )
 
 
-class _IoStatus(ctypes.Structure):
-    _fields_ = (("status", c_size_t), ("information", c_size_t))
+def _checked(result: int) -> int:
+    """What a function of kernel32 returned. OSError, with its ``winerror``, where that means failure."""
+    if not result:
+        raise ctypes.WinError(ctypes.get_last_error())
+    return result
 
 
-class _PollInfo(ctypes.Structure):
-    """AFD_POLL_INFO, for one socket."""
-
-    _fields_ = (
-        ("timeout", ctypes.c_int64),
-        ("count", c_uint32),
-        ("exclusive", c_uint32),
-        ("socket", c_void_p),
-        ("events", c_uint32),
-        ("status", c_int32),
+def _open_afd() -> int:
+    """A handle to the driver. What follows ``\\Device\\Afd\\`` is any name."""
+    name = "\\Device\\Afd\\muxio"
+    text = _UnicodeString(2 * len(name), 2 * len(name), name)
+    attributes = _ObjectAttributes(ctypes.sizeof(_ObjectAttributes), None, ctypes.pointer(text), 0, None, None)
+    handle, status_block = c_size_t(), (c_size_t * 2)()
+    synchronize, share_read_and_write, file_open = 0x00100000, 0x3, 1
+    status = _NtCreateFile(
+        byref(handle),
+        synchronize,
+        byref(attributes),
+        status_block,
+        None,
+        0,
+        share_read_and_write,
+        file_open,
+        0,
+        None,
+        0,
     )
+    if status != _SUCCESS:
+        raise ctypes.WinError(_RtlNtStatusToDosError(status))
+    return handle.value
 
 
-class _Completion(ctypes.Structure):
-    """OVERLAPPED_ENTRY."""
-
-    _fields_ = (("key", c_size_t), ("request", c_size_t), ("internal", c_size_t), ("transferred", c_uint32))
-
-
-_kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-_winsock = ctypes.WinDLL("ws2_32", use_last_error=True)
-_ntdll = ctypes.WinDLL("ntdll")
-
-_create_port = _kernel.CreateIoCompletionPort
-_create_port.argtypes, _create_port.restype = (c_void_p, c_void_p, c_size_t, c_uint32), c_void_p
-_take = _kernel.GetQueuedCompletionStatusEx
-_take.argtypes = (c_void_p, ctypes.POINTER(_Completion), c_uint32, ctypes.POINTER(c_uint32), c_uint32, c_int32)
-_post = _kernel.PostQueuedCompletionStatus
-_post.argtypes = (c_void_p, c_uint32, c_size_t, c_void_p)
-_close_handle = _kernel.CloseHandle
-_close_handle.argtypes = (c_void_p,)
-_set_modes = _kernel.SetFileCompletionNotificationModes
-_set_modes.argtypes = (c_void_p, ctypes.c_uint8)
-_create_file = _ntdll.NtCreateFile
-_create_file.argtypes = (
-    *(c_void_p, c_uint32, c_void_p, c_void_p, c_void_p),
-    *(c_uint32, c_uint32, c_uint32, c_uint32, c_void_p, c_uint32),
-)
-_control = _ntdll.NtDeviceIoControlFile
-_control.argtypes = (*(c_void_p,) * 3, c_size_t, c_void_p, c_uint32, c_void_p, c_uint32, c_void_p, c_uint32)
-_cancel = _ntdll.NtCancelIoFileEx
-_cancel.argtypes = (c_void_p, c_void_p, c_void_p)
-_ioctl = _winsock.WSAIoctl
-_ioctl.argtypes = (*(c_size_t, c_uint32, c_void_p, c_uint32, c_void_p, c_uint32), *(c_void_p,) * 3)
-_getsockopt = _winsock.getsockopt  # Wine's ioctl takes every number for a socket [seen]
-_getsockopt.argtypes = (c_size_t, c_int32, c_int32, c_void_p, c_void_p)
-for _function in (_create_file, _control, _cancel):
-    _function.restype = c_uint32
-
-#: Requests whose port was closed before the kernel gave their memory back.
-_kept: list[_Request] = []
+def _ioctl(fd: int, code: int) -> int:
+    """Ask Winsock for the handle below a socket. OSError: WSAENOTSOCK (10038) for what is closed or no socket."""
+    answer, size = c_size_t(), c_ulong()
+    if _WSAIoctl(fd, code, None, 0, byref(answer), ctypes.sizeof(answer), byref(size), None, None):
+        raise ctypes.WinError(ctypes.get_last_error())
+    return answer.value
 
 
-class _Request:
-    """One request to the driver, with the memory that is the kernel's while it is on its way."""
+def _base_handle(fd: int, ioctl: Callable[[int, int], int] = _ioctl) -> int:
+    """The socket that AFD knows: `fd` itself, unless a layered provider stands between.
 
-    __slots__ = ("handle", "info", "status", "watch")
-
-    def __init__(self, watch: _Watch) -> None:
-        self.watch = watch
-        self.handle = watch.driver.handle
-        self.status = _IoStatus()
-        self.info = _PollInfo()
-
-    def cancel(self) -> None:
-        """Let it complete. If it has already, or does so just now, that is the same."""
-        _cancel(self.handle, byref(self.status), byref(_IoStatus()))
-
-
-class _Driver:
-    """A handle of the driver, for some sockets."""
-
-    __slots__ = ("handle", "sockets")
-
-    def __init__(self, port: int) -> None:
-        text = "\\Device\\Afd\\muxio"
-        name = _UnicodeString(2 * len(text), 2 * len(text), text)
-        attributes = _ObjectAttributes(sizeof(_ObjectAttributes), None, ctypes.pointer(name), 0, None, None)
-        handle = c_void_p()
-        # SYNCHRONIZE; shared for reading and writing; it is there already (FILE_OPEN).
-        status = _create_file(
-            byref(handle), 0x00100000, byref(attributes), byref(_IoStatus()), None, 0, 3, 1, 0, None, 0
-        )
-        if status:
-            raise OSError(errno.ENODEV, f"the driver of Windows' sockets cannot be opened: NTSTATUS {status:#x}")
-        self.handle = handle.value or 0
-        self.sockets = 0
-        if not _create_port(self.handle, port, 0, 0):
-            error = ctypes.WinError(ctypes.get_last_error())
-            self.close()
-            raise error
-        _set_modes(self.handle, 2)  # no event for each completion (FILE_SKIP_SET_EVENT_ON_HANDLE): a saving
-
-    def close(self) -> None:
-        _close_handle(self.handle)
-
-
-class _Watch:
-    """A registration: what it asks for, and the request that is on its way.
-
-    An object a registration, so that what comes late for an old owner of a number never reaches its new one.
+    A provider has to let SIO_BASE_HANDLE through, but some do not (Komodia's, which came with Superfish); those forget
+    SIO_BSP_HANDLE_POLL, or SIO_BSP_HANDLE_SELECT, which lead one layer down (wepoll src/ws.c, mio#1314).
     """
-
-    __slots__ = ("asks", "base", "driver", "fd", "mask", "request", "spare")
-
-    def __init__(self, fd: int, base: int, driver: _Driver) -> None:
-        self.fd = fd
-        self.base = base
-        self.driver = driver
-        self.mask = 0
-        self.asks = 0  #: 0: disarmed
-        self.request: _Request | None = None
-        self.spare: _Request | None = None  #: the last one, whose memory is ours again
-
-
-class Backend(Facility):
-    name = "afd"
-    masks = combinations(INTEREST | ONESHOT)
-    sees_changes = False  # requests are made by the one who waits
-    wake_fd = -1  # no socket has this number
-
-    __slots__ = (
-        "_changing",
-        "_completions",
-        "_drivers",
-        "_due",
-        "_invalid",
-        "_lock",
-        "_number",
-        "_on_way",
-        "_port",
-        "_watched",
-        "_woken",
-    )
-
-    def __init__(self) -> None:
-        port = _create_port(c_void_p(-1), None, 0, 1)
-        if not port:
-            raise ctypes.WinError(ctypes.get_last_error())
-        self._port: int = port
+    handle = fd
+    while True:
         try:
-            # Before sockets come and go: one that takes the number of a closed socket confuses Wine's server [seen].
-            self._drivers = [_Driver(port)]
-        except BaseException:
-            _close_handle(port)
-            raise
-        self._completions = (_Completion * _BATCH)()
-        self._lock = threading.RLock()  # not held while waiting
-        self._watched: dict[int, _Watch] = {}
-        #: Those for whom there is to be a request, and is none or the wrong one.
-        self._due: dict[_Watch, None] = {}
-        #: Requests that were cancelled so that another can be made.
-        self._changing: dict[_Request, None] = {}
-        #: Requests by their numbers, which come back with their completions.
-        self._on_way: dict[int, _Request] = {}
-        self._number = 0
-        #: Numbers that were found to be no sockets any more.
-        self._invalid: list[int] = []
-        self._woken = False
-
-    def add(self, fd: int, mask: int) -> None:
-        base = _base_handle(fd)
-        with self._lock:
-            driver = next((driver for driver in self._drivers if driver.sockets < _SHARE), None)
-            if driver is None:
-                driver = _Driver(self._port)
-                self._drivers.insert(0, driver)
-            driver.sockets += 1
-            watch = self._watched[fd] = _Watch(fd, base, driver)
-            self._ask(watch, mask)
-
-    def modify(self, fd: int, mask: int) -> None:
-        base = _base_handle(fd)
-        with self._lock:
-            watch = self._watched[fd]
-            watch.base = base
-            self._ask(watch, mask)
-
-    def remove(self, fd: int) -> None:
-        with self._lock:
-            watch = self._watched.pop(fd, None)
-            if watch is not None:
-                self._forget(watch)
-                watch.driver.sockets -= 1
-
-    def disarm(self, fd: int, mask: int) -> None:
-        with self._lock:
-            watch = self._watched.get(fd)
-            if watch is not None:
-                self._forget(watch)
-
-    def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
-        if threading.current_thread() is threading.main_thread():
-            timeout = _SIGNALS if timeout is None else min(timeout, _SIGNALS)
-        milliseconds = _FOREVER if timeout is None else math.ceil(timeout * 1000)
-        ready: list[tuple[int, int]] = []
-        with self._lock:
-            # What has completed while nobody waited may be over by now (somebody has received what had come), so it is
-            # asked for again: the others would not report it either. Before those who were reported last: in turn.
-            before, self._due = self._due, {}
-            self._collect(0, _BATCH, ready)
-            self._due.update(before)
-            self._invalid += [fd for fd, events in ready if events & INVALID]
-            ready = [pair for pair in ready if pair[0] == self.wake_fd]
-        while True:
-            with self._lock:
-                certain = self._request_all() or bool(self._changing)
-                ready += [(fd, INVALID) for fd in self._invalid[:max_events]]
-                del self._invalid[:max_events]
-            if len(ready) >= max_events:
-                return ready
-            patience = 0 if ready else milliseconds
-            if certain:
-                patience = max(patience, _CERTAIN)
-            took = self._collect(patience, min(_BATCH, max_events - len(ready)), ready)
-            # If nothing came of it, it was of those who are gone, or made room for other requests: a look has not seen
-            # everything yet.
-            if ready or not took or timeout != 0:
-                return ready
-
-    def wake(self) -> None:
-        if not self._woken:
-            self._woken = True
-            _post(self._port, 0, _WAKE_KEY, None)
-
-    def drain(self) -> None:
-        self._woken = False  # the completion was taken by `wait`
-
-    def close(self) -> None:
-        with self._lock:
-            for request in self._on_way.values():
-                request.cancel()
-            count = c_uint32()
-            while self._on_way and _take(self._port, self._completions, _BATCH, byref(count), 1000, False):
-                for completion in self._completions[: count.value]:
-                    self._on_way.pop(completion.request, None)
-            _kept.extend(self._on_way.values())
-            for driver in self._drivers:
-                driver.close()
-            _close_handle(self._port)
-
-    # Inside
-
-    def _collect(self, patience: int, most: int, ready: list[tuple[int, int]]) -> bool:
-        """Take completions from the port, for as many milliseconds, and add what they tell. Whether there were any."""
-        count = c_uint32()
-        if not _take(self._port, self._completions, most, byref(count), patience, False):
-            number = ctypes.get_last_error()
-            if number != _WAIT_TIMEOUT:
-                raise ctypes.WinError(number)
-            return False
-        for completion in self._completions[: count.value]:
-            if completion.key == _WAKE_KEY:
-                ready.append((self.wake_fd, READ))
-            else:
-                self._complete(completion.request, ready)
-        return True
-
-    # These under the lock
-
-    def _ask(self, watch: _Watch, mask: int) -> None:
-        """Let there be a request for what is asked for now."""
-        watch.mask = mask
-        watch.asks = _ALWAYS
-        for bit, asks in _ASKS.items():
-            if mask & bit:
-                watch.asks |= asks
-        if watch.request is None:
-            self._due[watch] = None
-        elif watch.request.info.events != watch.asks:
-            self._changing[watch.request] = None
-            watch.request.cancel()  # its completion makes room for another
-
-    def _forget(self, watch: _Watch) -> None:
-        watch.asks = 0
-        self._due.pop(watch, None)
-        if watch.request is not None:
-            watch.request.cancel()
-
-    def _request_all(self) -> bool:
-        """Make the requests that are due. Whether one was complete at once."""
-        due, self._due = self._due, {}
-        complete = False
-        for watch in due:
-            request = watch.spare or _Request(watch)
-            info = request.info
-            info.timeout, info.count, info.exclusive = 0x7FFFFFFFFFFFFFFF, 1, 0
-            info.socket, info.events, info.status = watch.base, watch.asks, 0
-            request.status.status = _STATUS_PENDING
-            self._number += 1
-            self._on_way[self._number] = watch.request = request
-            watch.spare = None
-            size = sizeof(_PollInfo)
-            status = _control(
-                *(request.handle, None, None, self._number, byref(request.status)),
-                *(IOCTL_AFD_POLL, byref(info), size, byref(info), size),
-            )
-            complete |= status == 0  # its completion is in the port all the same, or about to be
-            if status not in (0, _STATUS_PENDING):  # closed; there will be no completion
-                del self._on_way[self._number]
-                watch.request, watch.asks = None, 0
-                self._invalid.append(watch.fd)
-        return complete
-
-    def _complete(self, number: int, ready: list[tuple[int, int]]) -> None:
-        """A request is over: tell of it, and let there be another."""
-        with self._lock:
-            self._settle(self._on_way.pop(number), ready)
-
-    def _settle(self, request: _Request, ready: list[tuple[int, int]]) -> None:
-        self._changing.pop(request, None)
-        watch = request.watch
-        if watch.request is request:
-            watch.request, watch.spare = None, request
-        if not watch.asks or self._watched.get(watch.fd) is not watch:
-            return
-        events = 0
-        if request.status.status & 0xFFFFFFFF == 0 and request.info.count:
-            for bit, means in _MEANS.items():
-                if request.info.events & bit & watch.asks:
-                    events |= means
-        if events & INVALID:
-            watch.asks = 0
-        else:
-            self._due[watch] = None
-        if events:
-            ready.append((watch.fd, events))
-
-
-def _base_handle(fd: int) -> int:
-    """The handle that the driver knows a socket by, beneath whatever stands above it (a firewall, an antivirus).
-
-    OSError: EBADF for what is closed. PermissionError: a file.
-    """
-    kind, base, size = c_int32(), c_void_p(), c_uint32(4)
-    if _getsockopt(fd, _SOL_SOCKET, _SO_TYPE, byref(kind), byref(size)):
-        refuse_files(fd)
-        raise OSError(errno.EBADF, f"{fd} is no socket, or was closed")
-    for code in (_SIO_BASE_HANDLE, _SIO_BSP_HANDLE_POLL):
-        if _ioctl(fd, code, None, 0, byref(base), sizeof(base), byref(size), None, None) == 0:
-            return base.value or 0
-    raise ctypes.WinError(ctypes.get_last_error())
+            return ioctl(handle, _SIO_BASE_HANDLE)
+        except OSError as error:
+            if error.winerror == _WSAENOTSOCK:
+                raise
+            below = handle
+            for code in (_SIO_BSP_HANDLE_POLL, _SIO_BSP_HANDLE_SELECT):
+                try:
+                    below = ioctl(handle, code)
+                except OSError:
+                    continue
+                if below != handle:
+                    break
+            if below == handle:
+                raise
+            handle = below

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import stat
+import sys
 
 TYPE_CHECKING = False  # importing collections.abc or typing is not for free
 if TYPE_CHECKING:
@@ -102,3 +103,23 @@ def take_turns(ready: list[tuple[int, int]], turn: int, max_events: int) -> list
     """A different `max_events` of the ready ones each turn, where the kernel returns all and rotates nothing."""
     start = turn * max_events % len(ready)
     return (ready[start:] + ready[:start])[:max_events]
+
+
+#: How many seconds Windows' facilities wait at a time in the main thread.
+SIGNALS_WAIT = 0.1
+
+
+def until_signals(timeout: float | None) -> float | None:
+    """How long a wait may last, so that CPython can run the handlers of signals: on Windows, no more than SIGNALS_WAIT.
+
+    A signal interrupts no wait there: Ctrl-C and Ctrl-Break are noted by a thread of the system's own, and the handler,
+    the one that raises KeyboardInterrupt too, runs when the main thread is back in Python. So that it is soon, the main
+    thread waits in slices. This needs nothing that there is one of in a process, as signal.set_wakeup_fd() would, and
+    works for every signal, with a console or without one.
+    """
+    if sys.platform == "win32" and (timeout is None or timeout > SIGNALS_WAIT):
+        import threading
+
+        if threading.get_ident() == threading.main_thread().ident:
+            return SIGNALS_WAIT
+    return timeout
