@@ -61,6 +61,9 @@ _SIO_BASE_HANDLE = 0x48000022
 _SIO_BSP_HANDLE_SELECT = 0x4800001C
 _SIO_BSP_HANDLE_POLL = 0x4800001D
 
+_SOL_SOCKET = 0xFFFF
+_SO_TYPE = 0x1008
+
 _WSAENOTSOCK = 10038
 _WAIT_TIMEOUT = 258
 _INFINITE = 0xFFFFFFFF
@@ -229,6 +232,7 @@ class Backend(Facility):
         _kept.append(self._operations)
 
     def add(self, fd: int, mask: int) -> None:
+        _check_socket(fd)
         base = _base_handle(fd)
         if fd in self._sockets:
             self.remove(fd)  # it is an earlier owner's
@@ -243,7 +247,7 @@ class Backend(Facility):
         registration = self._sockets.get(fd)
         if registration is None or registration.closed:
             raise OSError(errno.EBADF, f"closed while it was registered: {fd}")
-        registration.base = _base_handle(fd)
+        _check_socket(fd)
         registration.wanted = mask
         self._changed[registration] = None
 
@@ -401,7 +405,7 @@ class Backend(Facility):
     def _update(self, registration: _Registration) -> None:
         operation, wanted = registration.operation, registration.wanted
         if operation is not None and operation.asked:
-            if operation.asked == wanted and operation.handle == registration.base:
+            if operation.asked == wanted:
                 return
             # It may have ended just now (STATUS_NOT_FOUND). Either way a completion returns its memory.
             _NtCancelIoFileEx(registration.group.handle, operation.address, (c_size_t * 2)())
@@ -526,6 +530,10 @@ _RtlNtStatusToDosError = _ntdll.RtlNtStatusToDosError
 _RtlNtStatusToDosError.argtypes = [c_ulong]
 _RtlNtStatusToDosError.restype = c_ulong
 
+_getsockopt = _ws2_32.getsockopt
+_getsockopt.argtypes = [c_size_t, c_int, c_int, c_void_p, c_void_p]
+_getsockopt.restype = c_int
+
 _WSAIoctl = _ws2_32.WSAIoctl
 _WSAIoctl.argtypes = [c_size_t, c_ulong, c_void_p, c_ulong, c_void_p, c_ulong, c_void_p, c_void_p, c_void_p]
 _WSAIoctl.restype = c_int
@@ -578,8 +586,15 @@ def _open_afd() -> int:
     return handle.value
 
 
+def _check_socket(fd: int) -> None:
+    """OSError: WSAENOTSOCK (10038) for what is closed or no socket. (Wine has a base handle for anything.)"""
+    answer, size = c_int(), c_int(ctypes.sizeof(c_int))
+    if _getsockopt(fd, _SOL_SOCKET, _SO_TYPE, byref(answer), byref(size)):
+        raise ctypes.WinError(ctypes.get_last_error())
+
+
 def _ioctl(fd: int, code: int) -> int:
-    """Ask Winsock for the handle below a socket. OSError: WSAENOTSOCK (10038) for what is closed or no socket."""
+    """Ask Winsock for the handle below a socket. OSError: the code is unknown, or the socket."""
     answer, size = c_size_t(), c_ulong()
     if _WSAIoctl(fd, code, None, 0, byref(answer), ctypes.sizeof(answer), byref(size), None, None):
         raise ctypes.WinError(ctypes.get_last_error())

@@ -8,7 +8,7 @@ import os
 import select
 import sys
 
-from muxio.backends.facility import INVALID, Facility, refuse_files, take_turns
+from muxio.backends.facility import INVALID, Facility, refuse_files, take_turns, until_signals
 from muxio.backends.waker import Waker
 from muxio.events import ERROR, INTEREST, ONESHOT, PRIORITY, READ, WRITE, combinations
 
@@ -22,12 +22,14 @@ class Backend(Facility):
     masks = combinations(INTEREST | ONESHOT)
     sees_changes = False
 
-    __slots__ = ("_priority", "_read", "_turn", "_waker", "_write", "wake_fd")
+    __slots__ = ("_connecting", "_priority", "_read", "_turn", "_waker", "_write", "wake_fd")
 
     def __init__(self) -> None:
         self._read: set[int] = set()
         self._write: set[int] = set()
         self._priority: set[int] = set()
+        #: On Windows, those of `_write` that are not connected yet.
+        self._connecting: set[int] = set()
         self._turn = 0
         self._waker = Waker()
         self.wake_fd = self._waker.fd
@@ -35,10 +37,9 @@ class Backend(Facility):
 
     def add(self, fd: int, mask: int) -> None:
         if sys.platform == "win32":
-            full = len(self._read | self._write | self._priority) >= _FD_SETSIZE
-        else:
-            full = fd >= _FD_SETSIZE
-        if full:
+            if len(self._read | self._write | self._priority) >= _FD_SETSIZE:
+                raise io.UnsupportedOperation(f"select() watches {_FD_SETSIZE} sockets and no more; afd does")
+        elif fd >= _FD_SETSIZE:
             raise io.UnsupportedOperation(f"select() cannot watch descriptor {fd}: its limit is {_FD_SETSIZE}")
         self.modify(fd, mask)
 
@@ -59,7 +60,8 @@ class Backend(Facility):
         # Copies: another thread may change the sets while select() walks them.
         readers, writers, urgent = list(self._read), list(self._write), list(self._priority)
         if sys.platform == "win32":
-            urgent += writers  # Winsock reports a refused connect in the except set only
+            urgent += self._connecting.difference(urgent)
+            timeout = until_signals(timeout)
         try:
             readable, writable, exceptional = select.select(readers, writers, urgent, timeout)
         except OSError as error:
@@ -69,9 +71,15 @@ class Backend(Facility):
         ready = dict.fromkeys(readable, READ)
         for fd in writable:
             ready[fd] = ready.get(fd, 0) | WRITE
+        if self._connecting:
+            self._connecting.difference_update(writable)
         for fd in exceptional:
-            refused = sys.platform == "win32" and fd not in self._priority
-            ready[fd] = ready.get(fd, 0) | (WRITE | ERROR if refused else PRIORITY)
+            if sys.platform == "win32" and not _is_connected(fd):
+                ready[fd] = ready.get(fd, 0) | WRITE | ERROR
+            elif fd in self._priority:
+                ready[fd] = ready.get(fd, 0) | PRIORITY
+            else:
+                self._connecting.discard(fd)  # urgent data, which nobody asked for
         if len(ready) <= max_events:
             return list(ready.items())
         self._turn += 1
@@ -94,6 +102,12 @@ class Backend(Facility):
                 watched.add(fd)
             else:
                 watched.discard(fd)
+        if sys.platform == "win32":
+            # Winsock's select() tells of a refused connect in the except set only, as it does of urgent data.
+            if events & WRITE and not _is_connected(fd):
+                self._connecting.add(fd)
+            else:
+                self._connecting.discard(fd)
 
 
 def _is_closed(fd: int) -> bool:
@@ -106,3 +120,18 @@ def _is_closed(fd: int) -> bool:
     except OSError:
         return True
     return False
+
+
+if sys.platform == "win32":
+    import socket
+
+    def _is_connected(fd: int) -> bool:
+        """Whether a socket has a peer."""
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)  # the family does not matter here
+        try:
+            sock.getpeername()
+        except OSError as error:
+            return error.winerror != 10057  # WSAENOTCONN
+        finally:
+            sock.detach()
+        return True

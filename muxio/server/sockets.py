@@ -58,8 +58,27 @@ def listen(address: Address, backlog: int) -> socket.socket:
         family, _, _, _, where = resolve(address, socket.AI_PASSIVE)[0]
         if isinstance(where, str):
             _remove_stale(where)
-        listener = socket.create_server(where, family=family, backlog=backlog)
+        listener = _bound(where, family, backlog)
     listener.setblocking(False)
+    return listener
+
+
+def _bound(where: Any, family: int, backlog: int) -> socket.socket:
+    """socket.create_server(); on Windows with SO_EXCLUSIVEADDRUSE.
+
+    Without it, a socket of any program that sets SO_REUSEADDR can be bound to the port as well, and takes its peers
+    (Microsoft, "Using SO_REUSEADDR and SO_EXCLUSIVEADDRUSE").
+    """
+    if sys.platform != "win32":
+        return socket.create_server(where, family=family, backlog=backlog)
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        listener.bind(where)
+        listener.listen(backlog)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 

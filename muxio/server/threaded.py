@@ -273,7 +273,18 @@ def _listen(address: tuple[str, int] | str | socket.socket, backlog: int) -> soc
         host, port = address[:2]
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, resolved = found[0]
-        return socket.create_server(resolved, family=family, backlog=backlog)
+        if sys.platform != "win32":
+            return socket.create_server(resolved, family=family, backlog=backlog)
+        listener = socket.socket(family)
+        try:
+            # Else whoever sets SO_REUSEADDR, in any program, can have the port as well.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+            listener.bind(resolved)
+            listener.listen(backlog)
+        except OSError:
+            listener.close()
+            raise
+        return listener
     if sys.platform == "win32":
         raise OSError(errno.EAFNOSUPPORT, "Python has no Unix sockets on Windows", address)
     listener = socket.socket(socket.AF_UNIX)

@@ -57,6 +57,11 @@ PAUSES = (0, 0, 0, 0, 0.001, 0.001, 0.005)  # seconds; after them another thread
 
 WINDOWS, LINUX, DARWIN = (sys.platform.startswith(name) for name in ("win32", "linux", "darwin"))
 
+
+
+#: What is sent to a thread that waits.
+SIGNAL: int = getattr(signal, "SIGUSR1", signal.SIGTERM)
+
 T = TypeVar("T")
 Entries = list[tuple[Any, int]]
 Pair = tuple[socket.socket, socket.socket]
@@ -90,11 +95,30 @@ def take_number(number: int, stack: ExitStack) -> Pair:
     if theirs.fileno() == number:
         return theirs, ours
     if sys.platform == "win32":
-        pytest.skip("the number was not used again, and Windows has no dup2 for sockets")
+        return pair_under(number, stack)
     os.dup2(ours.fileno(), number, inheritable=False)
     ours.close()
     reborn = stack.enter_context(socket.socket(fileno=number))
     reborn.setblocking(False)
+    return reborn, theirs
+
+
+def pair_under(number: int, stack: ExitStack) -> Pair:
+    """A new pair whose first socket has a free number: Windows has no dup2 for sockets, but uses numbers again soon."""
+    with ExitStack() as others:
+        ours = others.enter_context(socket.socket())
+        for _ in range(1000):
+            if ours.fileno() == number:
+                break
+            ours = others.enter_context(socket.socket())
+        else:
+            pytest.skip("the number was not used again, and Windows has no dup2 for sockets")
+        listener = others.enter_context(socket.create_server(("127.0.0.1", 0)))
+        ours.connect(listener.getsockname())
+        theirs = stack.enter_context(listener.accept()[0])
+        reborn = stack.enter_context(socket.socket(fileno=ours.detach()))
+    reborn.setblocking(False)
+    theirs.setblocking(False)
     return reborn, theirs
 
 
@@ -441,11 +465,6 @@ def needs(poller: Poller[Any], events: int) -> None:
         pytest.skip(f"the {poller.backend} backend has no {describe(events)}")
 
 
-def skip_without_signals() -> None:
-    if sys.platform == "win32":
-        pytest.skip("Windows has no pthread_kill, and no signal interrupts a wait there")
-
-
 class Interrupted(Exception):
     """Raised by signal handlers."""
 
@@ -457,12 +476,19 @@ def interrupt() -> None:
 @contextmanager
 def handling(handler: Callable[[], object], where: Callable[[FrameType | None], bool] = bool) -> Iterator[int]:
     """Call `handler` for a signal in the block, if it interrupts the right place. Gives the signal's number."""
-    number: int = getattr(signal, "SIGUSR1", signal.SIGTERM)
-    before = signal.signal(number, lambda _, frame: where(frame) and handler())
+    before = signal.signal(SIGNAL, lambda _, frame: where(frame) and handler())
     try:
-        yield number
+        yield SIGNAL
     finally:
-        signal.signal(number, before)
+        signal.signal(SIGNAL, before)
+
+
+def send_signal(thread: int) -> None:
+    """From another thread to this one. (On Windows a signal is the process's, and the main thread runs its handler.)"""
+    if sys.platform == "win32":
+        signal.raise_signal(SIGNAL)
+    else:
+        signal.pthread_kill(thread, SIGNAL)
 
 
 def once(handler: Callable[[], object]) -> Callable[[], object]:
@@ -474,31 +500,29 @@ def once(handler: Callable[[], object]) -> Callable[[], object]:
 def wait_and_signal(
     poller: Poller[Any], timeout: float | None, before: Callable[[], object] = lambda: None
 ) -> Entries | None:
-    """Poll in the main thread, which is sent SIGUSR1 while it waits. None: the wait was over before that.
+    """Poll in the main thread, which is sent a signal while it waits. None: the wait was over before that.
 
     before: called just before the signal is sent.
 
     A wait without timeout is sent it again if it goes on: a signal that arrives just before the facility's call begins
     is noted by Python, but nobody looks before the call is over.
     """
-    if sys.platform == "win32":
-        raise NotImplementedError
     wait = Wait(poller, timeout)
 
     def send() -> bool:
         begun = wait.has_begun()
         if begun:
             before()
-            signal.pthread_kill(main, signal.SIGUSR1)
+            send_signal(main)
             sent = time.monotonic()
-            while timeout is None and not wait.is_over and signal.getsignal(signal.SIGUSR1) is handler:
+            while timeout is None and not wait.is_over and signal.getsignal(SIGNAL) is handler:
                 time.sleep(0.001)
                 if time.monotonic() > sent + RESEND:
-                    signal.pthread_kill(main, signal.SIGUSR1)
+                    send_signal(main)
                     sent = time.monotonic()
         return begun
 
-    main, handler = threading.get_ident(), signal.getsignal(signal.SIGUSR1)
+    main, handler = threading.get_ident(), signal.getsignal(SIGNAL)
     thread = Background(send)
     try:
         result = wait()
@@ -1764,7 +1788,6 @@ class PollerConformance:
     # Signals
 
     def test_a_wait_goes_on_to_its_deadline_after_a_signal(self, poller: Poller[Any]) -> None:
-        skip_without_signals()
         handled: list[float] = []
         for timeout in (0.1, 1, 5):  # a longer one, if the signal came too late, or just before the facility's call
             handled.clear()
@@ -1779,20 +1802,17 @@ class PollerConformance:
         assert handled[0] < start + timeout, "the handler runs in the wait, not after it"
 
     def test_a_wait_without_deadline_goes_on_after_a_signal(self, poller: Poller[Any], pair: Pair) -> None:
-        skip_without_signals()
         poller.register(pair[0], READ)
         with handling(lambda: pair[1].send(b"x")):
             assert wait_and_signal(poller, None) == [(pair[0], READ)]
 
     def test_a_handler_may_wake(self, poller: Poller[Any]) -> None:
-        skip_without_signals()
         with handling(poller.wake):
             assert wait_and_signal(poller, None) == []
         assert until_silent(poller) == []
 
     @each_mode
     def test_a_handler_that_raises_leaves_the_poller_usable(self, poller: Poller[Any], pair: Pair, mode: int) -> None:
-        skip_without_signals()
         needs(poller, READ | mode)
         poller.register(pair[0], READ | mode)
         for _ in range(5):
@@ -1807,7 +1827,6 @@ class PollerConformance:
         self, poller: Poller[Any], pair: Pair, mode: int
     ) -> None:
         """It may strike when the kernel has handed out an event that it will not report again."""
-        skip_without_signals()
         needs(poller, READ | mode)
         for _ in range(10):
             poller.register(pair[0], READ | mode, key="key")
