@@ -28,6 +28,10 @@ def test_watch_three_reads_each_to_its_end() -> None:
     assert lines[-1].startswith("all have ended")
 
 
+def test_asyncio_add_reader_hears_all() -> None:
+    assert run("asyncio_add_reader") == ["100 connections were answered"]
+
+
 def test_two_styles_cannot_be_told_apart() -> None:
     threads, events, verdict = run("two_styles")
     assert threads == "threads:     I am client 0 ... I am client 9"
