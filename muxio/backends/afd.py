@@ -1,21 +1,22 @@
-"""AFD, Windows: what its select() is made of, as operations that end at a completion port.
+"""AFD polls at an I/O completion port: what Windows' own select() is made of, without its limits.
 
-``\\Device\\Afd`` is the driver below Winsock. A handle to it takes IOCTL_AFD_POLL, an operation that ends as soon as one of
-the events asked for holds for a socket, and then stands in the queue of the completion port that the handle belongs to.
-None of this is documented by Microsoft, and all of it has been the same since Windows Vista: wepoll, libuv, mio, polling
-and trio live on it. Where a fact is one of theirs, it says so here.
+``\\Device\\Afd`` is the driver below Winsock. A handle to it takes IOCTL_AFD_POLL, an operation that ends as soon as
+one of the events asked for holds for a socket, and then stands in the queue of the completion port that the handle
+belongs to. None of this is documented by Microsoft, and all of it has been the same since Windows Vista: wepoll, libuv,
+mio, polling and trio live on it. Where a fact is one of theirs, it says so here; [seen] is what was seen on Wine 8.0.
 
 Four rules follow from how the driver behaves, and the rest of this file from them.
 
-- One operation a socket: with two at a time, one may end for the events of the other (trio, "_io_windows.py"). So changes
-  are collected, and what is new at the next wait is what the kernel is told.
-- The memory of an operation is the kernel's until its completion was taken out of the queue, cancelled or not. So all
-  that are under way stand in a table by their address, and nothing but a completion takes them out.
-- An operation ends once: what holds for longer is seen by beginning another. That is level-triggered, and costs as much as
-  is ready, not as is registered. What ended while nobody waited is no more than a hint, since it may have been read
+- One operation a socket: with two at a time, one may end for the events of the other (trio, "_io_windows.py"). So
+  changes are collected, and what is new at the next wait is what the kernel is told.
+- The memory of an operation is the kernel's until its completion was taken out of the queue, cancelled or not; freed
+  earlier, it crashes the process [seen]. So all that are under way stand in a table, and nothing but a completion takes
+  them out.
+- An operation ends once: what holds for longer is seen by beginning another. That is level-triggered, and costs as much
+  as is ready, not as is registered. What ended while nobody waited is no more than a hint, since it may have been read
   meanwhile: it begins anew before anything is said of it.
-- Sockets are numbers that are used again. Each registration is an object of its own, and an operation belongs to that, not
-  to the number: what an operation of an earlier owner comes to is thrown away.
+- Sockets are numbers that are used again. Each registration is an object of its own, and an operation belongs to that,
+  not to the number: what an operation of an earlier owner comes to is thrown away.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ import errno
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_int, c_int64, c_size_t, c_ulong, c_ushort, c_void_p, c_wchar_p
+from ctypes import byref, c_int, c_int64, c_size_t, c_ubyte, c_ulong, c_ushort, c_void_p, c_wchar_p
 
 from muxio.backends.facility import INVALID, Facility, until_signals
 from muxio.events import ERROR, HANGUP, INTEREST, ONESHOT, PRIORITY, READ, READ_CLOSED, WRITE, combinations
 
-#: AFD_POLL_*: the numbers of wepoll's src/afd.h.
+#: AFD_POLL_*: the numbers of wepoll's src/afd.h. Left out is 0x40, CONNECT: true for as long as a socket is connected.
 _RECEIVE = 0x1
 _RECEIVE_EXPEDITED = 0x2
 _SEND = 0x4
@@ -45,6 +47,39 @@ _ABORT = 0x10
 _LOCAL_CLOSE = 0x20
 _ACCEPT = 0x80
 _CONNECT_FAIL = 0x100
+
+#: What is asked for in any case, since it is reported without interest as well.
+_ALWAYS = _ABORT | _LOCAL_CLOSE | _CONNECT_FAIL
+
+#: Interest -> what is asked for. DISCONNECT, the peer's end, goes with READ: for who does not read it would hold for
+#: ever.
+_ASKS = {READ: _RECEIVE | _ACCEPT | _DISCONNECT, WRITE: _SEND, PRIORITY: _RECEIVE_EXPEDITED}
+
+#: What each answer is called here. ABORT comes with a reset, but with two half-closes too, so it is a hang-up and not
+#: for sure an error (wepoll has it so).
+_MEANS = {
+    _RECEIVE: READ,
+    _ACCEPT: READ,
+    _RECEIVE_EXPEDITED: PRIORITY,
+    _SEND: WRITE,
+    _DISCONNECT: READ | READ_CLOSED,
+    _ABORT: HANGUP,
+    _CONNECT_FAIL: WRITE | ERROR,
+}
+
+
+def _translation(word: int, dictionary: dict[int, int]) -> int:
+    meaning = 0
+    for bit, meant in dictionary.items():
+        if word & bit:
+            meaning |= meant
+    return meaning
+
+
+_MASKS = {events: _ALWAYS | _translation(events, _ASKS) for events in combinations(INTEREST | ONESHOT)}
+
+#: The meaning of all answers that may come together.
+_BITS = [_translation(answer, _MEANS) for answer in range(_CONNECT_FAIL << 1)]
 
 _IOCTL_AFD_POLL = 0x00012024
 _FOR_EVER = 2**63 - 1  # AFD_POLL_INFO.Timeout
@@ -68,57 +103,15 @@ _WSAENOTSOCK = 10038
 _WAIT_TIMEOUT = 258
 _INFINITE = 0xFFFFFFFF
 
-#: Sockets that share a handle to the driver. Cancelling an operation takes longer the more there are on its handle: with
-#: 1,000 one begins to feel it (trio). wepoll and mio have 32 as well.
+#: Sockets that share a handle to the driver. Cancelling an operation takes longer the more there are on its handle:
+#: with 1,000 one begins to feel it (trio). wepoll and mio have 32 as well.
 _GROUP = 32
 
 #: Completions that one call takes out of the queue.
 _BATCH = 1024
 
-#: How many seconds `close` gives the kernel to return the memory of cancelled operations.
-_PATIENCE = 5.0
-
-
-def _mask(events: int) -> int:
-    """What AFD is asked for. The close of the socket and errors are, always: they are reported without interest as well.
-
-    DISCONNECT, the peer's end, goes with READ: for who does not read it would hold for ever.
-    """
-    mask = _LOCAL_CLOSE | _ABORT | _CONNECT_FAIL
-    if events & READ:
-        mask |= _RECEIVE | _ACCEPT | _DISCONNECT
-    if events & WRITE:
-        mask |= _SEND
-    if events & PRIORITY:
-        mask |= _RECEIVE_EXPEDITED
-    return mask
-
-
-_MASKS = {events: _mask(events) for events in combinations(INTEREST | ONESHOT)}
-
-
-def _bits(events: int) -> int:
-    """What AFD's events are called here.
-
-    ABORT comes with a reset, but with two half-closes too, so it is a hang-up and not for sure an error (wepoll has it so).
-    """
-    bits = 0
-    if events & (_RECEIVE | _ACCEPT):
-        bits |= READ
-    if events & _RECEIVE_EXPEDITED:
-        bits |= PRIORITY
-    if events & _SEND:
-        bits |= WRITE
-    if events & _DISCONNECT:
-        bits |= READ | READ_CLOSED
-    if events & _ABORT:
-        bits |= HANGUP
-    if events & _CONNECT_FAIL:
-        bits |= WRITE | ERROR
-    return bits
-
-
-_BITS = [_bits(events) for events in range(_CONNECT_FAIL << 1)]
+#: How many seconds `close` gives the kernel to return the memory of cancelled operations. It does so at once [seen].
+_PATIENCE = 1.0
 
 
 class _Operation(ctypes.Structure):
@@ -136,18 +129,29 @@ class _Operation(ctypes.Structure):
     )
 
     status: int
-    timeout: int
-    count: int
     handle: int
     events: int
 
-    #: The registration that it belongs to, where it lies, and what it was begun for; 0 while it is not under way.
+    #: The registration that it belongs to, and where it lies.
     registration: _Registration
     address: int
+    #: The name under which it is under way, and what it was begun for; 0 if it is not.
+    name: int
     asked: int
 
+    @classmethod
+    def of(cls, registration: _Registration) -> _Operation:
+        operation = cls(timeout=_FOR_EVER, handle=registration.base)
+        operation.registration = registration
+        operation.address = ctypes.addressof(operation)
+        operation.name = operation.asked = 0
+        return operation
 
-_INFO = _Operation.timeout.offset  # type: ignore[attr-defined]
+    def says_closed(self) -> bool:
+        return bool(self.status & 0xFFFFFFFF == _SUCCESS and self.events & _LOCAL_CLOSE)
+
+
+_INFO: int = _Operation.timeout.offset
 _INFO_SIZE = ctypes.sizeof(_Operation) - _INFO
 
 
@@ -175,11 +179,109 @@ class _Registration:
         self.operation: _Operation | None = None
 
 
+class _Port:
+    """The completion port, the handles to the driver, and the operations under way: what has to be given back."""
+
+    __slots__ = ("_count", "_entries", "_last", "groups", "handle", "operations")
+
+    def __init__(self) -> None:
+        self.handle = _checked(_CreateIoCompletionPort(_INVALID_HANDLE, None, 0, 0))
+        self.groups: list[_Group] = []
+        #: Name -> the operation under way. Names, unlike addresses, are not used again.
+        self.operations: dict[int, _Operation] = {}
+        self._last = 0
+        # Completions, OVERLAPPED_ENTRYs of four words each, of which the second is the name; and how many have been
+        # taken and not yet looked at. Should an exception strike just when the kernel has handed them out, they are
+        # still here.
+        self._entries = (c_size_t * (4 * _BATCH))()
+        self._count = c_ulong(0)
+
+    def open_group(self) -> _Group:
+        handle = _open_driver()
+        try:
+            _checked(_CreateIoCompletionPort(handle, self.handle, 0, 0))
+        except OSError:
+            _CloseHandle(handle)
+            raise
+        # No event is set for each completion as well (FILE_SKIP_SET_EVENT_ON_HANDLE): a saving, and no more.
+        _SetFileCompletionNotificationModes(handle, 2)
+        group = _Group(handle)
+        self.groups.append(group)
+        return group
+
+    def begin(self, operation: _Operation, asked: int) -> int:
+        """Returns an NTSTATUS. With success, too, a completion comes: what holds already ends at once [seen]."""
+        operation.count = 1
+        operation.events = operation.asked = asked
+        self._last += 1
+        name = operation.name = self._last
+        self.operations[name] = operation
+        address = operation.address
+        info = address + _INFO
+        status: int = _NtDeviceIoControlFile(
+            *(operation.registration.group.handle, None, None, name, address),
+            *(_IOCTL_AFD_POLL, info, _INFO_SIZE, info, _INFO_SIZE),
+        )
+        if status not in (_SUCCESS, _PENDING):
+            self.end(operation)
+        return status
+
+    def end(self, operation: _Operation) -> None:
+        del self.operations[operation.name]
+        operation.asked = 0
+
+    def cancel(self, operation: _Operation) -> None:
+        """It ends soon, and may have ended just now: either way a completion returns its memory."""
+        _NtCancelIoFileEx(operation.registration.group.handle, operation.address, (c_size_t * 2)())
+
+    def cancel_all(self) -> None:
+        for group in self.groups:
+            _NtCancelIoFileEx(group.handle, None, (c_size_t * 2)())
+
+    def take(self, milliseconds: int, places: int) -> list[int]:
+        """Wait for completions: their names, 0 for a wake-up. They are given again until they were `looked_at`."""
+        if not self._count.value and not _GetQueuedCompletionStatusEx(
+            self.handle, self._entries, places, byref(self._count), milliseconds, False
+        ):
+            error = ctypes.get_last_error()
+            self._count.value = 0  # Wine counts one [seen]
+            if error != _WAIT_TIMEOUT:
+                raise ctypes.WinError(error)
+            return []
+        return self._entries[1 : 4 * self._count.value : 4]
+
+    def looked_at(self) -> None:
+        self._count.value = 0
+
+    def post(self) -> None:
+        _checked(_PostQueuedCompletionStatus(self.handle, 0, 0, None))
+
+    def close(self) -> None:
+        self.cancel_all()
+        deadline = time.monotonic() + _PATIENCE
+        while self.operations and time.monotonic() < deadline:
+            for name in self.take(10, _BATCH):
+                self.operations.pop(name, None)
+            self.looked_at()
+        if self.operations:
+            _never_ended.append(self.operations)
+        for group in self.groups:
+            _CloseHandle(group.handle)
+        _CloseHandle(self.handle)
+
+
+#: Operations whose end was not told. Their memory is given up for lost, rather than given back too early.
+_never_ended: list[dict[int, _Operation]] = []
+
+
 class Backend(Facility):
     """All of AFD is called by the thread that waits: a change only notes what is new.
 
-    So a wait under way does not see changes, and the poller interrupts it. Nothing here needs a lock: changes come under
-    the poller's, and single operations on a dict are atomic.
+    So a wait under way does not see changes, and the poller interrupts it. Nothing here needs a lock: changes come
+    under the poller's, and single operations on a dict are atomic.
+
+    An exception (KeyboardInterrupt) may come between any two steps of `wait`. The next one then relies on nothing that
+    was noted: all operations are cancelled, and all registrations looked at anew.
     """
 
     name = "afd"
@@ -188,54 +290,39 @@ class Backend(Facility):
     wake_fd = -1  # no socket's
 
     __slots__ = (
-        "__weakref__",
-        "_awake",
-        "_changed",
-        "_closed",
-        "_entries",
-        "_groups",
-        "_operations",
-        "_port",
-        "_reported",
-        "_sockets",
-        "_taken",
-        "_vacant",
-        "_waiter",
+        *("__weakref__", "_changed", "_close", "_closed", "_interrupted", "_open", "_port", "_posted"),
+        *("_reported", "_sockets", "_vacant", "_woken"),
     )
 
     def __init__(self) -> None:
-        self._port: int | None = None
-        self._awake = False
+        self._open = False
+        self._port = _Port()
+        #: Also when the poller is forgotten, and at the end of the process: the kernel would write into freed memory.
+        self._close = weakref.finalize(self, self._port.close)
+        self._woken = False
+        #: Whether the port was told of that: a wait under way notices.
+        self._posted = False
         #: Number -> its registration.
         self._sockets: dict[int, _Registration] = {}
-        #: Address -> the operation that the kernel has there.
-        self._operations: dict[int, _Operation] = {}
-        # Three ordered sets of registrations: to be looked at before the next wait; the same, but after the others, so that
-        # nobody's turn is taken by who had his; and those whose sockets are closed, which is still to be told.
+        self._interrupted = False
+        # Three ordered sets of registrations: to be looked at before the next wait; the same, but after the others, so
+        # that nobody's turn is taken by who had his; and those whose sockets are closed, which is told until `disarm`.
         self._changed: dict[_Registration, None] = {}
         self._reported: dict[_Registration, None] = {}
         self._closed: dict[_Registration, None] = {}
-        self._groups: list[_Group] = []
+        #: Those with room for more sockets; an ordered set.
         self._vacant: dict[_Group, None] = {}
-        self._waiter: dict[None, object] = {}
-        #: OVERLAPPED_ENTRYs, four words each, of which the second is the address; and how many of them have been written
-        #: and not yet been looked at. Should an exception strike just when the kernel has handed them out, they are
-        #: still there.
-        self._entries = (c_size_t * (4 * _BATCH))()
-        self._taken = c_ulong(0)
-        self._port = _checked(_CreateIoCompletionPort(_INVALID_HANDLE, None, 0, 0))
         try:
+            # Now, while no number of a closed socket can be this handle's: Wine crashes when that is polled [seen].
             self._open_group()
         except OSError:
-            self.close()
+            self._close()
             raise
-        _kept.append(self._operations)
+        self._open = True
 
     def add(self, fd: int, mask: int) -> None:
-        _check_socket(fd)
         base = _base_handle(fd)
-        if fd in self._sockets:
-            self.remove(fd)  # it is an earlier owner's
+        self.remove(fd)  # of an earlier owner
         group = next(iter(self._vacant), None) or self._open_group()
         group.room -= 1
         if not group.room:
@@ -264,116 +351,85 @@ class Backend(Facility):
         registration = self._sockets.get(fd)
         if registration is not None:
             registration.wanted = 0
+            self._closed.pop(registration, None)
             self._changed[registration] = None
 
     def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
-        token = object()
-        try:
-            if self._waiter.setdefault(None, token) is not token:
-                return []  # a look while another thread waits
-            if self._operations:
-                self._take_hints()
-            self._begin()
-            found: dict[int, int] = {}
-            for registration in list(self._closed)[:max_events]:
-                found[registration.fd] = INVALID
-                self._closed.pop(registration, None)
-            timeout = until_signals(timeout)
-            milliseconds = _INFINITE if timeout is None else math.ceil(timeout * 1000)
-            if found or self._awake:
-                milliseconds = 0
-            while (places := min(max_events - len(found), _BATCH)) > 0:
-                addresses = self._dequeue(milliseconds, places)
-                self._take(addresses, found)
-                if len(addresses) < places:
-                    break
-                milliseconds = 0  # cancelled ones and wake-ups took the places: more may stand behind them
-            events = list(found.items())
-            if self._awake:
-                events.append((self.wake_fd, READ))
-            return events
-        except BaseException:
-            for registration in list(self._sockets.values()):  # who knows where it struck: look at all of them anew
-                self._changed[registration] = None
-            raise
-        finally:
-            if self._waiter.get(None) is token:
-                del self._waiter[None]
+        if self._interrupted:
+            self._recover()
+        self._interrupted = True  # unless it comes to its end
+        self._take_hints()
+        self._begin()
+        found = {registration.fd: INVALID for registration in list(self._closed)[:max_events]}
+        timeout = until_signals(timeout)
+        milliseconds = _INFINITE if timeout is None else math.ceil(timeout * 1000)
+        if found or self._woken:
+            milliseconds = 0
+        while (places := min(max_events - len(found), _BATCH)) > 0:
+            names = self._port.take(milliseconds, places)
+            self._look_at(names, found)
+            if len(names) < places:
+                break
+            milliseconds = 0  # cancelled ones and wake-ups took the places: more may stand behind them
+        events = list(found.items())
+        if self._woken:
+            events.append((self.wake_fd, READ))
+        self._interrupted = False
+        return events
 
     def wake(self) -> None:
-        if not self._awake:
-            self._awake = True
-            _checked(_PostQueuedCompletionStatus(self._port, 0, 0, None))
+        self._woken = True  # before the port is told: a wait may be quick
+        if not self._posted:
+            self._port.post()
+            self._posted = True  # after it was: an exception may come between
 
     def drain(self) -> None:
-        self._awake = False
+        self._woken = self._posted = False
 
     def close(self) -> None:
-        port, self._port = self._port, None
-        if port is None:
-            return
-        try:
-            nothing = (c_size_t * 2)()
-            for group in self._groups:
-                _NtCancelIoFileEx(group.handle, None, nothing)
-            deadline = time.monotonic() + _PATIENCE
-            while self._operations and time.monotonic() < deadline:
-                for address in self._dequeue(10, _BATCH, port):
-                    self._operations.pop(address, None)
-                self._taken.value = 0
-        finally:
-            for group in self._groups:
-                _CloseHandle(group.handle)
-            _CloseHandle(port)
-            self._sockets.clear()
-            if not self._operations:  # else the memory is given up for lost, rather than given back too early
-                _kept[:] = [table for table in _kept if table is not self._operations]
+        self._open = False
+        self._close()
 
     def __del__(self) -> None:
-        if getattr(self, "_port", None) is not None:
+        if self._open:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            self.close()
 
     # In the thread that waits
 
-    def _dequeue(self, milliseconds: int, places: int, port: int | None = None) -> list[int]:
-        """The addresses of operations that have ended, 0 for a wake-up. They stay until `_taken` is reset."""
-        if not self._taken.value and not _GetQueuedCompletionStatusEx(
-            port or self._port, self._entries, places, byref(self._taken), milliseconds, False
-        ):
-            error = ctypes.get_last_error()
-            self._taken.value = 0
-            if error != _WAIT_TIMEOUT:
-                raise ctypes.WinError(error)
-            return []
-        return self._entries[1 : 4 * self._taken.value : 4]
+    def _recover(self) -> None:
+        self._port.cancel_all()
+        for registration in list(self._sockets.values()):
+            registration.operation = None
+            self._changed[registration] = None
 
     def _take_hints(self) -> None:
         """Whatever ended since the last wait begins anew. That a socket was closed is true for good."""
-        while addresses := self._dequeue(0, _BATCH):
-            for address in addresses:
-                operation = self._operations.get(address)
+        places = _BATCH
+        while self._port.operations and places == _BATCH:
+            names = self._port.take(0, _BATCH)
+            for name in names:
+                operation = self._port.operations.get(name)
                 if operation is not None:
                     registration = operation.registration
                     if self._is_current(operation):
-                        registration.closed |= _says_closed(operation)
+                        registration.closed |= operation.says_closed()
                         self._changed[registration] = None
-                    self._end(operation)
-            self._taken.value = 0
-            if len(addresses) < _BATCH:
-                break
+                    self._port.end(operation)
+            self._port.looked_at()
+            places = len(names)
 
-    def _take(self, addresses: list[int], found: dict[int, int]) -> None:
+    def _look_at(self, names: list[int], found: dict[int, int]) -> None:
         """Add what has just happened to what was found."""
-        for address in addresses:
-            operation = self._operations.get(address)
+        for name in names:
+            operation = self._port.operations.get(name)
             if operation is None:
-                continue
+                continue  # a wake-up
             if self._is_current(operation):
                 registration = operation.registration
                 status = operation.status & 0xFFFFFFFF
-                if _says_closed(operation):
+                if operation.says_closed():
                     registration.closed = True
+                    self._closed[registration] = None
                     bits = INVALID
                 elif status == _CANCELLED:  # not by us, else it were current no more
                     bits = 0
@@ -383,17 +439,13 @@ class Backend(Facility):
                     found[registration.fd] = bits
                 if not bits & INVALID:
                     self._reported[registration] = None
-            self._end(operation)
-        self._taken.value = 0
+            self._port.end(operation)
+        self._port.looked_at()
 
     def _is_current(self, operation: _Operation) -> bool:
         """Whether it speaks for the registration that its number has now."""
         registration = operation.registration
         return registration.operation is operation and self._sockets.get(registration.fd) is registration
-
-    def _end(self, operation: _Operation) -> None:
-        operation.asked = 0
-        self._operations.pop(operation.address, None)
 
     def _begin(self) -> None:
         """Tell the kernel of all changes, and begin anew what has ended."""
@@ -407,8 +459,7 @@ class Backend(Facility):
         if operation is not None and operation.asked:
             if operation.asked == wanted:
                 return
-            # It may have ended just now (STATUS_NOT_FOUND). Either way a completion returns its memory.
-            _NtCancelIoFileEx(registration.group.handle, operation.address, (c_size_t * 2)())
+            self._port.cancel(operation)
             operation = registration.operation = None
         if not wanted:
             return
@@ -416,55 +467,24 @@ class Backend(Facility):
             self._closed[registration] = None
             return
         if operation is None:
-            operation = registration.operation = _Operation()
-            operation.registration = registration
-            operation.address = ctypes.addressof(operation)
-        operation.timeout = _FOR_EVER
-        operation.count = 1
-        operation.handle = registration.base
-        operation.events = operation.asked = wanted
-        address = operation.address
-        self._operations[address] = operation
-        info = address + _INFO
-        # It ends at the port in any case: also where the answer is that it has ended already.
-        status = _NtDeviceIoControlFile(
-            registration.group.handle, None, None, address, address, _IOCTL_AFD_POLL, info, _INFO_SIZE, info, _INFO_SIZE
-        )
-        if status in (_SUCCESS, _PENDING):
-            return
-        self._end(operation)
-        if status not in _CLOSED:
-            self._changed[registration] = None
-            raise ctypes.WinError(_RtlNtStatusToDosError(status))
-        registration.closed = True
-        self._closed[registration] = None
+            operation = registration.operation = _Operation.of(registration)
+        status = self._port.begin(operation, wanted)
+        if status in _CLOSED:
+            registration.closed = True
+            self._closed[registration] = None
+        elif status not in (_SUCCESS, _PENDING):
+            raise _error(status)
 
-    # Handles
+    # Under the poller's lock
 
     def _open_group(self) -> _Group:
-        handle = _open_afd()
-        if handle in self._sockets:  # so the socket that had this number was closed, and must not be polled any more
-            registration = self._sockets[handle]
+        group = self._port.open_group()
+        self._vacant[group] = None
+        registration = self._sockets.get(group.handle)
+        if registration is not None:  # so the socket that had this number was closed, and must not be polled any more
             registration.closed = True
             self._changed[registration] = None
-        try:
-            _checked(_CreateIoCompletionPort(handle, self._port, 0, 0))
-        except OSError:
-            _CloseHandle(handle)
-            raise
-        group = _Group(handle)
-        self._groups.append(group)
-        self._vacant[group] = None
         return group
-
-
-#: The operations of every backend that is open, and of those that could not be closed in order: who forgets to close a
-#: poller must not have the kernel write into freed memory.
-_kept: list[dict[int, _Operation]] = []
-
-
-def _says_closed(operation: _Operation) -> bool:
-    return bool(operation.status & 0xFFFFFFFF == _SUCCESS and operation.events & _LOCAL_CLOSE)
 
 
 # The calls
@@ -476,67 +496,30 @@ _ws2_32 = ctypes.WinDLL("ws2_32", use_last_error=True)
 _INVALID_HANDLE = c_size_t(-1).value
 
 _CreateIoCompletionPort = _kernel32.CreateIoCompletionPort
-_CreateIoCompletionPort.argtypes = [c_void_p, c_void_p, c_size_t, c_ulong]
+_CreateIoCompletionPort.argtypes = (c_void_p, c_void_p, c_size_t, c_ulong)
 _CreateIoCompletionPort.restype = c_size_t
-
 _PostQueuedCompletionStatus = _kernel32.PostQueuedCompletionStatus
-_PostQueuedCompletionStatus.argtypes = [c_void_p, c_ulong, c_size_t, c_void_p]
-_PostQueuedCompletionStatus.restype = c_int
-
+_PostQueuedCompletionStatus.argtypes = (c_void_p, c_ulong, c_size_t, c_void_p)
 _GetQueuedCompletionStatusEx = _kernel32.GetQueuedCompletionStatusEx
-_GetQueuedCompletionStatusEx.argtypes = [c_void_p, c_void_p, c_ulong, c_void_p, c_ulong, c_int]
-_GetQueuedCompletionStatusEx.restype = c_int
-
+_GetQueuedCompletionStatusEx.argtypes = (c_void_p, c_void_p, c_ulong, c_void_p, c_ulong, c_int)
+_SetFileCompletionNotificationModes = _kernel32.SetFileCompletionNotificationModes
+_SetFileCompletionNotificationModes.argtypes = (c_void_p, c_ubyte)
 _CloseHandle = _kernel32.CloseHandle
-_CloseHandle.argtypes = [c_void_p]
-_CloseHandle.restype = c_int
-
+_CloseHandle.argtypes = (c_void_p,)
 _NtDeviceIoControlFile = _ntdll.NtDeviceIoControlFile
-_NtDeviceIoControlFile.argtypes = [
-    c_void_p,
-    c_void_p,
-    c_void_p,
-    c_void_p,
-    c_void_p,
-    c_ulong,
-    c_void_p,
-    c_ulong,
-    c_void_p,
-    c_ulong,
-]
+_NtDeviceIoControlFile.argtypes = (*(c_void_p,) * 3, c_size_t, *(c_void_p, c_ulong) * 3)
 _NtDeviceIoControlFile.restype = c_ulong
-
 _NtCancelIoFileEx = _ntdll.NtCancelIoFileEx
-_NtCancelIoFileEx.argtypes = [c_void_p, c_void_p, c_void_p]
-_NtCancelIoFileEx.restype = c_ulong
-
+_NtCancelIoFileEx.argtypes = (c_void_p, c_void_p, c_void_p)
 _NtCreateFile = _ntdll.NtCreateFile
-_NtCreateFile.argtypes = [
-    c_void_p,
-    c_ulong,
-    c_void_p,
-    c_void_p,
-    c_void_p,
-    c_ulong,
-    c_ulong,
-    c_ulong,
-    c_ulong,
-    c_void_p,
-    c_ulong,
-]
+_NtCreateFile.argtypes = (c_void_p, c_ulong, *(c_void_p,) * 3, *(c_ulong,) * 4, c_void_p, c_ulong)
 _NtCreateFile.restype = c_ulong
-
 _RtlNtStatusToDosError = _ntdll.RtlNtStatusToDosError
-_RtlNtStatusToDosError.argtypes = [c_ulong]
-_RtlNtStatusToDosError.restype = c_ulong
-
+_RtlNtStatusToDosError.argtypes = (c_ulong,)
 _getsockopt = _ws2_32.getsockopt
-_getsockopt.argtypes = [c_size_t, c_int, c_int, c_void_p, c_void_p]
-_getsockopt.restype = c_int
-
+_getsockopt.argtypes = (c_size_t, c_int, c_int, c_void_p, c_void_p)
 _WSAIoctl = _ws2_32.WSAIoctl
-_WSAIoctl.argtypes = [c_size_t, c_ulong, c_void_p, c_ulong, c_void_p, c_ulong, c_void_p, c_void_p, c_void_p]
-_WSAIoctl.restype = c_int
+_WSAIoctl.argtypes = (c_size_t, c_ulong, c_void_p, c_ulong, c_void_p, c_ulong, *(c_void_p,) * 3)
 
 
 class _UnicodeString(ctypes.Structure):
@@ -547,7 +530,7 @@ class _ObjectAttributes(ctypes.Structure):
     _fields_ = (
         ("length", c_ulong),
         ("root", c_void_p),
-        ("name", POINTER(_UnicodeString)),
+        ("name", ctypes.POINTER(_UnicodeString)),
         ("attributes", c_ulong),
         ("security", c_void_p),
         ("quality", c_void_p),
@@ -561,33 +544,28 @@ def _checked(result: int) -> int:
     return result
 
 
-def _open_afd() -> int:
+def _error(status: int) -> OSError:
+    """The OSError, with its ``winerror``, of an NTSTATUS."""
+    return ctypes.WinError(_RtlNtStatusToDosError(status))
+
+
+def _open_driver() -> int:
     """A handle to the driver. What follows ``\\Device\\Afd\\`` is any name."""
-    name = "\\Device\\Afd\\muxio"
-    text = _UnicodeString(2 * len(name), 2 * len(name), name)
-    attributes = _ObjectAttributes(ctypes.sizeof(_ObjectAttributes), None, ctypes.pointer(text), 0, None, None)
-    handle, status_block = c_size_t(), (c_size_t * 2)()
-    synchronize, share_read_and_write, file_open = 0x00100000, 0x3, 1
+    text = "\\Device\\Afd\\muxio"
+    name = _UnicodeString(2 * len(text), 2 * len(text), text)
+    attributes = _ObjectAttributes(ctypes.sizeof(_ObjectAttributes), None, ctypes.pointer(name), 0, None, None)
+    handle, block = c_size_t(), (c_size_t * 2)()
+    synchronize, share_read_and_write, file_open = 0x00100000, 0x3, 1  # winnt.h
     status = _NtCreateFile(
-        byref(handle),
-        synchronize,
-        byref(attributes),
-        status_block,
-        None,
-        0,
-        share_read_and_write,
-        file_open,
-        0,
-        None,
-        0,
+        byref(handle), synchronize, byref(attributes), block, None, 0, share_read_and_write, file_open, 0, None, 0
     )
     if status != _SUCCESS:
-        raise ctypes.WinError(_RtlNtStatusToDosError(status))
+        raise _error(status)
     return handle.value
 
 
 def _check_socket(fd: int) -> None:
-    """OSError: WSAENOTSOCK (10038) for what is closed or no socket. (Wine has a base handle for anything.)"""
+    """OSError: WSAENOTSOCK (10038) for what is closed or no socket."""
     answer, size = c_int(), c_int(ctypes.sizeof(c_int))
     if _getsockopt(fd, _SOL_SOCKET, _SO_TYPE, byref(answer), byref(size)):
         raise ctypes.WinError(ctypes.get_last_error())
@@ -601,8 +579,14 @@ def _ioctl(fd: int, code: int) -> int:
     return answer.value
 
 
-def _base_handle(fd: int, ioctl: Callable[[int, int], int] = _ioctl) -> int:
-    """The socket that AFD knows: `fd` itself, unless a layered provider stands between.
+def _base_handle(fd: int) -> int:
+    """The socket that AFD knows. OSError: WSAENOTSOCK (10038) for what is closed or no socket."""
+    _check_socket(fd)  # on Wine anything has a base handle [seen]
+    return _lowest(fd, _ioctl)
+
+
+def _lowest(fd: int, ioctl: Callable[[int, int], int]) -> int:
+    """What is below a socket: itself, unless a layered provider stands between.
 
     A provider has to let SIO_BASE_HANDLE through, but some do not (Komodia's, which came with Superfish); those forget
     SIO_BSP_HANDLE_POLL, or SIO_BSP_HANDLE_SELECT, which lead one layer down (wepoll src/ws.c, mio#1314).
