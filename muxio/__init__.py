@@ -1,4 +1,4 @@
-"""Readiness I/O for Python on every system: one poller over epoll, kqueue, poll and select."""
+"""Readiness I/O for Python on every system: one poller over epoll, kqueue, AFD, poll and select."""
 
 from muxio.backends import backends
 from muxio.events import (

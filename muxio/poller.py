@@ -83,7 +83,8 @@ class Poller(Generic[Key]):
     """Waits until sockets, pipes and other descriptors are ready, and says which.
 
     backend: a name out of `muxio.backends()`. Without one the environment variable ``MUXIO_BACKEND`` decides, and
-    without that the best facility that works here: epoll on Linux, kqueue on the BSDs and macOS, then poll, select.
+    without that the best facility that works here: epoll on Linux, kqueue on the BSDs and macOS, AFD on Windows, then
+    poll, select.
 
     A `Facility` that is open already does as well; the poller owns it then.
 
@@ -284,7 +285,8 @@ class Poller(Generic[Key]):
         """Wait until something is ready, the time is over or `wake` is called.
 
         timeout: seconds; None or infinity for ever, 0 for a look. Never early. Late by what the facility resolves:
-        microseconds on kqueue, select and epoll, a millisecond on poll.
+        microseconds on kqueue, select and epoll, a millisecond on poll, and the timer tick on Windows (15.6 ms, unless
+        a program has asked for less).
         max_events: how many events to return at most. What else is ready comes with the next calls.
 
         Returns a list of (key, events), empty after the time-out and perhaps after a wake-up. The events are those

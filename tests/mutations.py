@@ -90,8 +90,8 @@ CHOICE = [
         "poll-before-epoll",
         "the best facility is the default",
         "backends/__init__.py",
-        'NAMES = ("epoll", "kqueue", "poll", "select", "afd")',
-        'NAMES = ("poll", "epoll", "kqueue", "select", "afd")',
+        'NAMES = ("epoll", "kqueue", "afd", "poll", "select")',
+        'NAMES = ("poll", "epoll", "kqueue", "afd", "select")',
         tests=(BACKENDS,),
     ),
     Mutation(

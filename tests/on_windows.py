@@ -2,17 +2,19 @@
 
 ::
 
-    tox -e windows                        # or: python3.12 tests/on_windows.py DIRECTORY [test file ...] [-- pytest option ...]
+    tox -e windows
+    python3.12 tests/on_windows.py DIRECTORY [test file ...] [-- pytest option ...]
 
 It runs with CPython 3.12 and needs Debian's packages wine, wine64, gcc-mingw-w64-x86-64 and unzip; without them it says
 so in one line and is done. The Windows Python is made in DIRECTORY, which takes a minute, and is kept there.
 
 Wine is not Windows, and a test run under it has rules of its own.
 
-- An exit status says nothing: when the wineserver crashes, every program ends with 0 and what it had printed. What counts
-  is the JUnit report that pytest writes last of all.
+- An exit status says nothing: when the wineserver crashes, every program ends with 0 and what it had printed. What
+  counts is the JUnit report that pytest writes last of all.
 - Standard streams are pipes or /dev/null, never regular files.
-- The wineserver and Wine's services are started before everything else, or they would keep the first program's pipe open.
+- The wineserver and Wine's services are started before everything else, or they would keep the first program's pipe
+  open.
 - A test file is a process. One that hangs or crashes is run once more, alone and with a fresh wineserver; one that has
   failed is not.
 
@@ -21,6 +23,11 @@ What differs from Windows is skipped in the tests themselves, with the differenc
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform == "win32":
+    raise SystemExit("this brings Windows' Python to Linux; on Windows run pytest")
+
 import argparse
 import concurrent.futures
 import os
@@ -28,7 +35,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
 import time
 import xml.etree.ElementTree
@@ -132,6 +138,9 @@ MANIFEST = """<?xml version="1.0" encoding="UTF-8" standalone="yes"?>
 </application></compatibility></assembly>
 """
 
+#: Wine 8.0 crashes in what platform.uname() asks WMI for; without the module it asks elsewhere.
+WITHOUT_WMI = 'import sys\n\nsys.modules["_wmi"] = None\n'
+
 LIBRARY_WITHOUT = ("site-packages", "lib-dynload", "idlelib", "tkinter", "turtledemo", "ensurepip", "__pycache__")
 
 
@@ -161,6 +170,7 @@ def build(wine: Wine) -> None:
     site = python / "Lib" / "site-packages"
     needed = ("pytest>=9", "hypothesis", "colorama")
     call(*pip, "install", "--target", site, *windows, "--implementation", "cp", *needed)
+    (site / "sitecustomize.py").write_text(WITHOUT_WMI)
     for name, text in (("launcher.c", LAUNCHER), ("manifest.xml", MANIFEST), ("manifest.rc", '1 24 "manifest.xml"\n')):
         (home / name).write_text(text)
     call("x86_64-w64-mingw32-windres", "manifest.rc", "-O", "coff", "-o", "manifest.o")

@@ -36,16 +36,15 @@ class Backend(Facility):
         self._read.add(self.wake_fd)
 
     def add(self, fd: int, mask: int) -> None:
-        if sys.platform == "win32":
-            if len(self._read | self._write | self._priority) >= _FD_SETSIZE:
-                raise io.UnsupportedOperation(f"select() watches {_FD_SETSIZE} sockets and no more; afd does")
-        elif fd >= _FD_SETSIZE:
+        if sys.platform != "win32" and fd >= _FD_SETSIZE:
             raise io.UnsupportedOperation(f"select() cannot watch descriptor {fd}: its limit is {_FD_SETSIZE}")
         self.modify(fd, mask)
 
     def modify(self, fd: int, mask: int) -> None:
         if sys.platform == "win32":
             select.select([fd], [], [], 0)  # fails for what is closed or no socket
+            if mask & INTEREST and len({fd}.union(self._read, self._write, self._priority)) > _FD_SETSIZE:
+                raise io.UnsupportedOperation(f"select() watches {_FD_SETSIZE} sockets and no more; afd does")
         else:
             refuse_files(fd)
         self._watch(fd, mask)
