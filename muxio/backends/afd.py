@@ -462,6 +462,8 @@ class Backend(Facility):
             self._port.cancel(operation)
             operation = registration.operation = None
         if not wanted:
+            if self._sockets.get(registration.fd) is not registration:
+                registration.operation = None  # the two refer to each other, and are done
             return
         if registration.closed:
             self._closed[registration] = None
