@@ -26,7 +26,7 @@ import muxio
 from muxio import ERROR, READ, WRITE
 from muxio.backends import afd
 from muxio.server import EchoProtocol, Server, ThreadedServer
-from muxio.testing.conformance import Background, on_wine, pair_under, unix_pair, until_silent
+from muxio.testing.conformance import Background, idle, on_wine, pair_under, readable, unix_pair, until_silent
 
 if "afd" not in BACKENDS:
     pytest.skip("MUXIO_BACKEND leaves another backend", allow_module_level=True)
@@ -160,6 +160,29 @@ def test_what_was_read_before_the_look_is_not_reported(poller: muxio.Poller[Any]
         wait_until(lambda: peeks(ours))
         assert ours.recv(1) == b"x"
     assert until_silent(poller) == []
+
+
+def test_a_poll_begins_as_many_operations_as_were_ready(
+    poller: muxio.Poller[Any], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are registered."""
+    begin = afd._NtDeviceIoControlFile
+    begun: list[None] = []
+
+    def count(*arguments: Any) -> Any:
+        begun.append(None)
+        return begin(*arguments)
+
+    ready = {readable(stack) for _ in range(10)}
+    for source in [*ready, *(idle(stack) for _ in range(500))]:
+        poller.register(source, READ)
+    while {key for key, _ in poller.poll(10)} != ready:
+        pass
+    monkeypatch.setattr(afd, "_NtDeviceIoControlFile", count)
+    for _ in range(10):
+        begun.clear()
+        assert {key for key, _ in poller.poll(10)} == ready
+        assert len(begun) == len(ready)
 
 
 def peeks(sock: socket.socket) -> bool:
