@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from helpers import BACKENDS, wait_until
+from helpers import BACKENDS, open_handles, wait_until
 
 import muxio
 from muxio import ERROR, READ, WRITE
@@ -34,13 +34,6 @@ if "afd" not in BACKENDS:
 CONNECTIONS = 2000
 
 NO_SOCKET, NOT_SUPPORTED = 10038, 10045  # WSAENOTSOCK, WSAEOPNOTSUPP
-
-
-def open_handles() -> int:
-    """How many handles this process has, by asking for each number. (Wine's GetProcessHandleCount always says 0.)"""
-    flags = ctypes.c_ulong()
-    is_open = ctypes.WinDLL("kernel32").GetHandleInformation
-    return sum(bool(is_open(ctypes.c_void_p(number), ctypes.byref(flags))) for number in range(4, 4 * 10_000, 4))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from muxio import ONESHOT, READ, Poller, describe
@@ -97,6 +98,8 @@ class Line:
     def close(self) -> None:
         self.gone = self.registration
         self.gone.end.closed = True
+        with self.hall.counting:
+            self.hall.closings += 1
         self.gone.end.sock.close()
         if self.ghost is None:
             self.gone.end.peer.close()
@@ -178,7 +181,8 @@ class Hall:
         self.events = 0
         self.idle_turns = 0
         self.wakes = 0
-        self._counting = threading.Lock()
+        self.closings = 0
+        self.counting = threading.Lock()
         self.over = False
         self.failures: list[BaseException] = []
         self.lines: list[Line] = []
@@ -196,7 +200,8 @@ class Hall:
 
     def stop(self) -> None:
         self.over = True
-        self.poller.wake()
+        with suppress(RuntimeError):  # it is closed
+            self.poller.wake()
         for inbox in list(self._inboxes):
             inbox.put(None)
 
@@ -289,7 +294,7 @@ class Hall:
             if dice < 0.1:
                 self._meddle(chance)
             elif dice < 0.12:
-                with self._counting:
+                with self.counting:
                     self.wakes += 1
                 self.poller.wake()
         return since
