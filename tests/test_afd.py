@@ -140,6 +140,31 @@ def test_a_bare_number_is_not_watched_for_its_next_owner(poller: muxio.Poller[An
     assert until_silent(poller) == []
 
 
+def test_who_is_removed_just_when_he_is_found_closed_is_not_told_of(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, between two steps of the wait. The number may have a new owner, who would be told."""
+    backend = afd.Backend()
+    stack.callback(backend.close)
+    ours, _ = unix_pair(stack)
+    number = ours.fileno()
+    backend.add(number, afd.Backend.masks[READ])
+    assert backend.wait(0, 10) == []
+    says_closed = afd._Operation.says_closed
+
+    def remove(operation: afd._Operation) -> bool:
+        backend.remove(number)
+        return says_closed(operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(afd.Backend, "_take_hints", lambda backend: None)  # so that the wait itself finds it
+        patch.setattr(afd._Operation, "says_closed", remove)
+        ours.close()
+        backend.wait(10, 10)  # whoever removed it drops what this says
+    assert number not in backend._sockets
+    assert backend.wait(0, 10) == []
+
+
 # Events
 
 

@@ -462,6 +462,7 @@ class Backend(Facility):
             self._port.cancel(operation)
             operation = registration.operation = None
         if not wanted:
+            self._closed.pop(registration, None)  # removed just when it was found closed
             return
         if registration.closed:
             self._closed[registration] = None
