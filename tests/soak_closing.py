@@ -9,7 +9,7 @@ that the numbers are used again at once, by either poller's; and it wakes the ot
 rounds both pollers are closed as they are, with a thread in them and all sockets registered, and the next two are made.
 
 The last line says what was done, what is left, and whether it passed; the exit status is 0 or 1. Under Wine, where an
-exit status says nothing, that line is the proof.
+exit status says nothing, that line is the proof. Should it hang, it says where each thread is instead, and ends with 1.
 
 On Wine an AFD handle that takes the number of a closed socket crashes the wineserver if it is polled as that socket.
 A poller opens such handles when it is made, and when it has more than 32 sockets. So the next pollers are made when
@@ -19,6 +19,7 @@ all others are closed, and none of them has so many sockets.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import random
 import sys
@@ -33,7 +34,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # a clone, if muxio is not installed
 
 from helpers import open_handles, wait_until
-from tokens import LINES, Hall, Registration, Stopped
+from tokens import DEADLINE, LINES, Hall, Registration, Stopped
 
 import muxio
 from muxio import EDGE, ONESHOT, READ
@@ -161,6 +162,7 @@ def main() -> int:
         "--seed", default=str(random.randrange(10**9)), help="of what the threads do; a new one each run"
     )
     options = parser.parse_args()
+    faulthandler.dump_traceback_later(options.seconds + 3 * DEADLINE, exit=True)
     end = time.monotonic() + options.seconds
     make_poller: MakePoller = partial(muxio.Poller, options.backend)
     report = soak(make_poller, options.seed, lambda times: time.monotonic() < end)
