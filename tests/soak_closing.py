@@ -12,8 +12,9 @@ The last line says what was done, what is left, and whether it passed; the exit 
 exit status says nothing, that line is the proof. Should it hang, it says where each thread is instead, and ends with 1.
 
 On Wine an AFD handle that takes the number of a closed socket crashes the wineserver if it is polled as that socket.
-A poller opens such handles when it is made, and when it has more than 32 sockets. So the next pollers are made when
-all others are closed, and none of them has so many sockets.
+A poller opens such handles when it is made, and when it has more than 32 sockets; and a socket is one until it has got
+its type, in a second step. So pollers and sockets are made when all others are closed, none has more than 32 sockets,
+and what takes a number while others run is a dup of one of these sockets, which comes in one step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import faulthandler
 import gc
 import random
+import socket
 import sys
 import threading
 import time
@@ -34,13 +36,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # a clone, if muxio is not installed
 
 from helpers import open_handles, wait_until
-from tokens import DEADLINE, LINES, Hall, Registration, Stopped
+from tokens import DEADLINE, LINES, Hall, Pair, Registration, Stopped
 
 import muxio
 from muxio import EDGE, ONESHOT, READ
 
 POLLERS = 2  #: at a time
 ROUNDS = 200  #: at most, at a poller
+PAIRS = 40  #: of sockets, at most, at a poller
 SPARE = 10 if sys.platform == "win32" else 0  #: handles that may come on top: Windows opens some for itself
 
 MakePoller = Callable[[], "muxio.Poller[Registration]"]
@@ -51,25 +54,43 @@ class Site:
 
     def __init__(self, poller: muxio.Poller[Registration], rounds: int, seed: str) -> None:
         modes = [mode for mode in (0, EDGE, ONESHOT) if poller.supports(READ | mode)]
-        self.hall = Hall(poller, modes, f"{poller.backend}, seed {seed}")
+        self.hall = Hall(poller, modes, f"{poller.backend}, seed {seed}", self._next_pair)
+        self.pairs = [socket.socketpair() for _ in range(PAIRS)]
         self.rounds = 0
         self._wanted = rounds
         self._enough = threading.Event()
+        self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self.hall.guard, args=(self._until_closed, part))
             for part in (partial(self.hall.dispatch, seed), partial(self._work, seed))
         ]
+
+    def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
         self._enough.wait()
         self.hall.poller.close()
+        self._closed.set()
         self.hall.stop()
 
     def join(self) -> None:
         for thread in self._threads:
             thread.join()
+        for pair in self.pairs:
+            for sock in pair:
+                sock.close()
+
+    def _next_pair(self) -> Pair:
+        """One that nobody had, its first socket under a number that is free now."""
+        if not self.pairs:
+            self._enough.set()
+            self._closed.wait()  # the sockets stay open until then
+            raise Stopped
+        original, peer = self.pairs.pop()
+        with original:
+            return original.dup(), peer
 
     def _until_closed(self, part: Callable[[], object]) -> None:
         try:
@@ -133,6 +154,8 @@ def soak(make_poller: MakePoller, seed: str, more: Callable[[int], bool]) -> Rep
             Site(poller, chance.randrange(LINES, ROUNDS), f"{seed} {times} {place}")
             for place, poller in enumerate(pollers)
         ]
+        for site in sites:
+            site.start()
         for site in sites:
             site.close()
         for site in sites:
