@@ -285,8 +285,8 @@ class Poller(Generic[Key]):
         """Wait until something is ready, the time is over or `wake` is called.
 
         timeout: seconds; None or infinity for ever, 0 for a look. Never early, by the clock `time.monotonic`. Late by
-        what the facility resolves: microseconds on kqueue, select and epoll, a millisecond on poll, and the timer tick on
-        Windows (15.6 ms, unless a program has asked for less).
+        what the facility resolves: microseconds on kqueue, select and epoll, a millisecond on poll, and the timer tick
+        on Windows (15.6 ms, unless a program has asked for less).
         max_events: how many events to return at most. What else is ready comes with the next calls.
 
         Returns a list of (key, events), empty after the time-out and perhaps after a wake-up. The events are those

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from helpers import BACKENDS, wait_until
+from helpers import BACKENDS, open_handles, wait_until
 
 import muxio
 from muxio import ERROR, READ, WRITE
 from muxio.backends import afd
 from muxio.server import sockets, threaded
-from muxio.testing.conformance import Background, on_wine, pair_under, unix_pair, until_silent
+from muxio.testing.conformance import Background, idle, on_wine, pair_under, readable, unix_pair, until_silent
 
 if "afd" not in BACKENDS:
     pytest.skip("MUXIO_BACKEND leaves another backend", allow_module_level=True)
@@ -33,13 +33,6 @@ if "afd" not in BACKENDS:
 CONNECTIONS = 2000
 
 NO_SOCKET, NOT_SUPPORTED = 10038, 10045  # WSAENOTSOCK, WSAEOPNOTSUPP
-
-
-def open_handles() -> int:
-    """How many handles this process has, by asking for each number. (Wine's GetProcessHandleCount always says 0.)"""
-    flags = ctypes.c_ulong()
-    is_open = ctypes.WinDLL("kernel32").GetHandleInformation
-    return sum(bool(is_open(ctypes.c_void_p(number), ctypes.byref(flags))) for number in range(4, 4 * 10_000, 4))
 
 
 @pytest.fixture
@@ -154,6 +147,31 @@ def test_a_bare_number_is_not_watched_for_its_next_owner(poller: muxio.Poller[An
     assert until_silent(poller) == []
 
 
+def test_who_is_removed_just_when_he_is_found_closed_is_not_told_of(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, between two steps of the wait. The number may have a new owner, who would be told."""
+    backend = afd.Backend()
+    stack.callback(backend.close)
+    ours, _ = unix_pair(stack)
+    number = ours.fileno()
+    backend.add(number, afd.Backend.masks[READ])
+    assert backend.wait(0, 10) == []
+    says_closed = afd._Operation.says_closed
+
+    def remove(operation: afd._Operation) -> bool:
+        backend.remove(number)
+        return says_closed(operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(afd.Backend, "_take_hints", lambda backend: None)  # so that the wait itself finds it
+        patch.setattr(afd._Operation, "says_closed", remove)
+        ours.close()
+        backend.wait(10, 10)  # whoever removed it drops what this says
+    assert number not in backend._sockets
+    assert backend.wait(0, 10) == []
+
+
 # Events
 
 
@@ -167,6 +185,29 @@ def test_what_was_read_before_the_look_is_not_reported(poller: muxio.Poller[Any]
         wait_until(lambda: peeks(ours))
         assert ours.recv(1) == b"x"
     assert until_silent(poller) == []
+
+
+def test_a_poll_begins_as_many_operations_as_were_ready(
+    poller: muxio.Poller[Any], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are registered."""
+    begin = afd._NtDeviceIoControlFile
+    begun: list[None] = []
+
+    def count(*arguments: Any) -> Any:
+        begun.append(None)
+        return begin(*arguments)
+
+    ready = {readable(stack) for _ in range(10)}
+    for source in [*ready, *(idle(stack) for _ in range(500))]:
+        poller.register(source, READ)
+    while {key for key, _ in poller.poll(10)} != ready:
+        pass
+    monkeypatch.setattr(afd, "_NtDeviceIoControlFile", count)
+    for _ in range(10):
+        begun.clear()
+        assert {key for key, _ in poller.poll(10)} == ready
+        assert len(begun) == len(ready)
 
 
 def peeks(sock: socket.socket) -> bool:

@@ -54,8 +54,9 @@ def test_a_quick_run_measures_every_row_of_every_contestant() -> None:
     assert bare >= {f"bare {name}" for name in {"epoll", "kqueue"} & set(muxio.backends())}
     rows = {row["name"]: row for row in document["rows"]}
     left_out = {remark.split(":")[0] for remark in document["remarks"]}
-    for name in {poll[0] for poll in poller.POLLS} | {"register", "modify", "unregister", poller.CHANGES}:
-        if name not in left_out:
+    polls = {name for _, _, rows in poller.POLLS for name in rows}
+    for name in polls | {"register", "modify", "unregister", poller.CHANGES}:
+        if not any(name in remark for remark in left_out):
             assert {entry["contestant"] for entry in rows[name]["results"]} == everyone | bare
     for timeout in ("0.1", "2.1", "10"):
         assert {entry["contestant"] for entry in rows[f"lateness after {timeout} ms"]["results"]} == everyone
@@ -70,9 +71,12 @@ def test_a_quick_run_measures_every_row_of_every_contestant() -> None:
             assert (entry["min"], entry["max"]) == (min(samples), max(samples))
             assert entry["min"] > 0 or row["name"] == poller.IMPORT or row["unit"] == "µs"
     assert {bar["verdict"] for bar in document["bars"]} == {"not judged"}
+    scaling = {bar["numerator"] for bar in document["bars"] if bar["row"] == poller.MANY and bar["ratio"]}
+    assert scaling == {f"muxio {name}" for name in {"epoll", "kqueue", "afd"} & set(muxio.backends())}
 
 
 def test_tables_tell_the_machine_the_rows_and_the_numbers_to_hold() -> None:
+    pytest.importorskip("rich")
     result = run(*QUICK, "--backend", "select")
     assert (result.returncode, only_warnings(result.stderr)) == (0, True), result.stderr
     for text in (muxio.__version__, "poll, 100 ready, ns an event", "muxio select", "x selectors", "Numbers to hold"):
@@ -87,12 +91,17 @@ def test_without_rich_one_line_says_how_to_get_it() -> None:
 
 
 def test_ctrl_c_reports_what_is_there_and_exits_with_130(tmp_path: Path) -> None:
-    before = "import threading, signal; threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()"
+    turn = "turns.append(sampler) or (len(turns) == 20 and signal.raise_signal(signal.SIGINT)) or take(sampler)"
+    before = (
+        "import signal; from muxio.bench import measure; "
+        f"take, turns = measure._take, []; measure._take = lambda sampler: {turn}"
+    )
     result = run("bench", "poller", "--runs", "1000000", "--json", str(tmp_path / "found"), before=before)
     assert (result.returncode, result.stdout) == (130, ""), result.stderr
     assert result.stderr.endswith("muxio bench: interrupted, the results are partial\n")
     document = json.loads((tmp_path / "found").read_text(encoding="utf-8"))
     assert (document["complete"], document["error"]) == (False, "interrupted")
+    assert sum(len(entry["samples"]) for row in document["rows"] for entry in row["results"]) == 19
     assert {bar["verdict"] for bar in document["bars"]} <= {"not judged", "met", "missed", "within noise"}
 
 
@@ -135,8 +144,9 @@ def test_a_limit_of_open_files_leaves_rows_out_and_says_so() -> None:
     assert result.returncode == 0
     assert "open files are needed, 256 are allowed" in result.stderr
     document = json.loads(result.stdout)
-    assert "poll, 5,000 ready" not in {row["name"] for row in document["rows"]}
-    assert any(remark.startswith("poll, 5,000 ready: left out") for remark in document["remarks"])
+    assert {"poll, 5,000 ready", poller.FEW, poller.MANY}.isdisjoint(row["name"] for row in document["rows"])
+    for what in ("poll, 5,000 ready", f"{poller.FEW} and {poller.MANY}"):
+        assert any(remark.startswith(f"{what}: left out") for remark in document["remarks"])
 
 
 # Measuring and judging
@@ -160,6 +170,16 @@ def test_ratios_are_taken_within_rounds_and_a_round_cut_short_does_not_count() -
     row = Row("row", "ns", samples={"a": [2.0, 20.0, 200.0, 9.0], "b": [1.0, 10.0, 100.0]})
     assert row.ratio("a", "b") == Summary(2.0, 2.0, 2.0, 3)
     assert row.ratio("a", "nobody") is None
+
+
+def test_a_bar_may_compare_two_rows_of_one_contestant() -> None:
+    bar = Bar("many", "a", "a", "at most", 1.5, "few")
+    results = Results("test", {}, "a", [bar], 0)
+    assert results.ratio(bar) is None
+    results.rows["many"] = Row("many", "ns", samples={"a": [2.0, 20.0, 200.0]})
+    assert results.ratio(bar) is None
+    results.rows["few"] = Row("few", "ns", samples={"a": [1.0, 10.0, 100.0]})
+    assert results.ratio(bar) == Summary(2.0, 2.0, 2.0, 3)
 
 
 def test_a_baseline_is_subtracted_from_all_but_itself() -> None:

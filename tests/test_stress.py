@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
+import soak_closing
 from helpers import wait_until
 from test_conformance import POLLERS
 from tokens import DEADLINE, Hall
@@ -286,6 +287,14 @@ def close_in_the_midst(poller: Poller[Any], sources: list[Any], after: int) -> N
 def descriptors() -> int:
     """How many descriptors are open, where the system has a list of them."""
     return len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+
+
+@each_backend
+def test_what_is_closed_while_it_is_polled_or_waited_in_loses_nothing_and_leaves_nothing(
+    backend: str, seed: str
+) -> None:
+    report = soak_closing.soak(POLLERS[backend], seed, lambda times: times < 10 * LENGTH)
+    assert report.troubles == [], report
 
 
 # Wake-ups

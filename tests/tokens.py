@@ -15,6 +15,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from muxio import ONESHOT, READ, Poller, describe
@@ -44,6 +45,8 @@ PLANS += PLANS[:4] * 4  # most of the time a socket is not closed
 UNARMED_PLANS = [["write"]] * 12 + PLANS  # nor armed, where it stays so
 
 
+Pair = tuple[socket.socket, socket.socket]
+
 #: The registrations of a worker that are ready. None: the run is over.
 Inbox = queue.SimpleQueue["Registration | None"]
 
@@ -55,8 +58,8 @@ class Stopped(Exception):
 class End:
     """The watched end of a pair, and what its registrations have in common. (list.append is atomic.)"""
 
-    def __init__(self) -> None:
-        self.sock, self.peer = socket.socketpair()
+    def __init__(self, pair: Pair) -> None:
+        self.sock, self.peer = pair
         self.sock.setblocking(False)
         self.written = False  # before that, nothing can be ready
         self.closed = False
@@ -86,17 +89,19 @@ class Line:
         self.chance = chance
         self.busy = True  # while its worker runs a plan, others may meddle
         self.token = 0
-        self.ghost: tuple[socket.socket, socket.socket] | None = None
+        self.ghost: Pair | None = None
         self.open()
         self.gone = self.registration  # the one that was closed last
         self.register()
 
     def open(self) -> None:
-        self.registration = Registration(self, End())
+        self.registration = Registration(self, End(self.hall.make_pair()))
 
     def close(self) -> None:
         self.gone = self.registration
         self.gone.end.closed = True
+        with self.hall.counting:
+            self.hall.closings += 1
         self.gone.end.sock.close()
         if self.ghost is None:
             self.gone.end.peer.close()
@@ -167,10 +172,18 @@ class Hall:
 
     modes: EDGE, ONESHOT, 0 for level: one of them is taken whenever a line is armed.
     what: which run this is, for the message of a failure.
+    make_pair: where the pairs of sockets come from.
     """
 
-    def __init__(self, poller: Poller[Registration], modes: Sequence[int], what: str) -> None:
+    def __init__(
+        self,
+        poller: Poller[Registration],
+        modes: Sequence[int],
+        what: str,
+        make_pair: Callable[[], Pair] = socket.socketpair,
+    ) -> None:
         self.poller = poller
+        self.make_pair = make_pair
         self.modes = modes
         self.what = what
         self._plans = PLANS if ONESHOT in modes else UNARMED_PLANS
@@ -178,7 +191,8 @@ class Hall:
         self.events = 0
         self.idle_turns = 0
         self.wakes = 0
-        self._counting = threading.Lock()
+        self.closings = 0
+        self.counting = threading.Lock()
         self.over = False
         self.failures: list[BaseException] = []
         self.lines: list[Line] = []
@@ -196,7 +210,8 @@ class Hall:
 
     def stop(self) -> None:
         self.over = True
-        self.poller.wake()
+        with suppress(RuntimeError):  # it is closed
+            self.poller.wake()
         for inbox in list(self._inboxes):
             inbox.put(None)
 
@@ -289,7 +304,7 @@ class Hall:
             if dice < 0.1:
                 self._meddle(chance)
             elif dice < 0.12:
-                with self._counting:
+                with self.counting:
                     self.wakes += 1
                 self.poller.wake()
         return since

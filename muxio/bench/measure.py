@@ -56,14 +56,15 @@ class Row:
         values = self.values(contestant)
         return Summary(median(values), min(values), max(values), len(values))
 
-    def ratio(self, numerator: str, denominator: str | None) -> Summary | None:
+    def ratio(self, numerator: str, denominator: str | None, below: Row | None = None) -> Summary | None:
         """The median and the quartiles of the ratios within each round, or None if there are none.
 
-        Without a denominator those of the values themselves.
+        Without a denominator those of the values themselves. below: the denominator's row, if it is another one of the
+        same scenario.
         """
         above = self.values(numerator)
-        below = self.values(denominator) if denominator else [1.0] * len(above)
-        pairs = list(zip(above, below, strict=False))  # the last may be cut short
+        below_values = (below or self).values(denominator) if denominator else [1.0] * len(above)
+        pairs = list(zip(above, below_values, strict=False))  # the last may be cut short
         if len(pairs) < 2 or min(under for _, under in pairs) <= 0:
             return None
         low, middle, high = quantiles([over / under for over, under in pairs], method="inclusive")
@@ -71,13 +72,14 @@ class Row:
 
 
 class Bar(NamedTuple):
-    """What the ratio of two contestants has to keep to, or what one takes by itself."""
+    """What the ratio of two contestants, or of two rows, has to keep to, or what one contestant takes by itself."""
 
     row: str
     numerator: str
     denominator: str | None
     relation: Literal["at most", "at least"]
     limit: float
+    denominator_row: str | None = None  #: the denominator's row, if it is another one of the same scenario
 
     def judge(self, ratio: Summary | None) -> Verdict:
         """Met if three rounds in four keep it, missed if three in four do not, else within noise."""
@@ -107,6 +109,11 @@ class Results:
     rows: dict[str, Row] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)  #: what was left out and why, and what else was found
     failures: list[str] = field(default_factory=list)  #: which contestants failed, and how
+
+    def ratio(self, bar: Bar) -> Summary | None:
+        """What a bar is about, or None if it was not measured."""
+        row, below = self.rows.get(bar.row), self.rows.get(bar.denominator_row or bar.row)
+        return row.ratio(bar.numerator, bar.denominator, below) if row and below else None
 
 
 def measure(scenarios: Iterable[Scenario], results: Results, progress: Callable[[str, int, int], None]) -> None:

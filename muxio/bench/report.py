@@ -13,8 +13,9 @@ The JSON is one object, and this is schema 1. Later versions add to it, or raise
   where it makes no sense): the ``median`` of the ratios within each round, ``low`` and ``high`` (their quartiles), and
   ``rounds``
 - ``bars``: a list of ``row``, ``numerator``, ``denominator`` (null: the numerator's own values are judged, and stand
-  in the place of ratios), ``relation`` (``at most``, ``at least``), ``limit``, ``ratio`` (as above) and ``verdict``
-  (``met``, ``missed``, ``within noise``, ``not judged``)
+  in the place of ratios), ``denominator_row`` (null, or the denominator's row, if it is another), ``relation``
+  (``at most``, ``at least``), ``limit``, ``ratio`` (as above) and ``verdict`` (``met``, ``missed``, ``within noise``,
+  ``not judged``)
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def as_dict(results: Results, facts: dict[str, Any], warnings: list[str], troubl
             rows[-1]["results"].append({"contestant": contestant, **figures, "samples": row.values(contestant)})
     bars = []
     for bar in results.bars:
-        ratio = results.rows[bar.row].ratio(bar.numerator, bar.denominator) if bar.row in results.rows else None
+        ratio = results.ratio(bar)
         bars.append({**bar._asdict(), "ratio": ratio and ratio._asdict(), "verdict": bar.judge(ratio)})
     return {
         "schema": 1,
@@ -217,9 +218,11 @@ def _print_tables(document: dict[str, Any]) -> None:
         console.print("\nNumbers to hold", style="bold")
     for bar in document["bars"]:
         found = "{} ({})".format(*_ratio(bar["ratio"])) if bar["ratio"] else "not measured"
-        contest = f"{bar['numerator']} / {bar['denominator']}" if bar["denominator"] else bar["numerator"]
+        what = f"{bar['row']} / {bar['denominator_row']}" if bar["denominator_row"] else bar["row"]
+        alone = bar["denominator"] in (None, bar["numerator"])
+        contest = bar["numerator"] if alone else f"{bar['numerator']} / {bar['denominator']}"
         console.print(
-            f"{bar['verdict']:13}{bar['row']}: {contest} {found}, {bar['relation']} {bar['limit']:,}",
+            f"{bar['verdict']:13}{what}: {contest} {found}, {bar['relation']} {bar['limit']:,}",
             style=COLOURS.get(bar["verdict"]),
         )
     console.print(
