@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from helpers import wait_until
 
+pytest.register_assert_rewrite("muxio.testing.conformance", "muxio.testing.model")  # before a test module imports them
+
 SETTLE_SECONDS = 2.0  # for what is just ending: a thread after its last line, a child that was told to stop
 
 Identity = tuple[object, ...]
