@@ -33,6 +33,7 @@ from muxio.testing.conformance import (
     readable,
     take_number,
     tcp_pair,
+    unix_pair,
     until,
     until_has,
 )
@@ -70,7 +71,7 @@ def test_the_environment_chooses_and_an_argument_overrules_it(unforced: pytest.M
 
 
 def test_an_unknown_backend_is_a_value_error_that_names_the_known_ones(unforced: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"'abacus'.*epoll, kqueue, poll, select"):
+    with pytest.raises(ValueError, match=r"'abacus'.*epoll, kqueue, afd, poll, select"):
         muxio.Poller("abacus")
     unforced.setenv("MUXIO_BACKEND", "abacus")
     with pytest.raises(ValueError, match="MUXIO_BACKEND"):
@@ -353,6 +354,7 @@ class TestTwoThreads:
         self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket, stack: ExitStack, when: str
     ) -> None:
         def take_over() -> None:
+            unix_pair(stack)  # a thread's first blocking call on Windows makes an event, which would take the number
             number = source.fileno()
             source.close()
             poller.register(take_number(number, stack)[0], READ, key="new")
@@ -381,6 +383,22 @@ class TestTwoThreads:
         with overtaken(facility, "add", "after", lambda: said.extend(poller.poll(0))):
             poller.register(new, READ, key="new")
         assert said in ([], [("new", READ)])
+
+
+@pytest.mark.skipif("afd" not in muxio.backends(), reason="AFD is Windows'")
+def test_afd_tells_nothing_more_of_a_closed_socket_that_was_unregistered_just_when_it_noticed() -> None:
+    """Else it would tell it of whoever has the number next."""
+    facility: Any = changeable("afd")
+    poller: muxio.Poller[Any] = muxio.Poller(facility)
+    with poller, ExitStack() as stack:
+        source, _ = unix_pair(stack)
+        poller.register(source, READ)
+        with (
+            overtaken(facility, "_begin", "after", source.close),
+            overtaken(facility, "_is_current", "after", lambda: poller.unregister(source)),
+        ):
+            assert poller.poll(0) == []
+        assert facility.wait(0, 1) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its timers tick every 15 ms")
