@@ -136,6 +136,8 @@ def connect(address: Any) -> socket.socket:
 
 def ended(pid: int) -> bool:
     """Whether a process that is no child of ours has ended; whoever it was left to may not have noticed yet."""
+    if sys.platform == "win32":  # where kill(pid, 0) is Ctrl-C
+        return _ended(pid)
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -143,3 +145,21 @@ def ended(pid: int) -> bool:
         return True
     except FileNotFoundError:  # no /proc here, or gone just now
         return Path("/proc/self").exists()
+
+
+if sys.platform == "win32":
+    import ctypes
+
+    def _ended(pid: int) -> bool:
+        kernel32 = ctypes.WinDLL("kernel32")
+        kernel32.OpenProcess.restype = ctypes.c_void_p
+        kernel32.WaitForSingleObject.argtypes = (ctypes.c_void_p, ctypes.c_ulong)
+        kernel32.CloseHandle.argtypes = (ctypes.c_void_p,)
+        synchronize = 0x00100000
+        process = kernel32.OpenProcess(synchronize, False, pid)
+        if not process:
+            return True
+        try:
+            return bool(kernel32.WaitForSingleObject(process, 0) == 0)  # WAIT_OBJECT_0: it has ended
+        finally:
+            kernel32.CloseHandle(process)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BACKENDS, Recorder, serving, wait_until
+from helpers import BACKENDS, Recorder, needs_resets, receive_reset, serving, wait_until
 
 import muxio
 from muxio.server import ConnectionReport, EchoProtocol, Limits, Protocol, Server, Stats, Transport
@@ -293,7 +293,7 @@ def test_shutdown_cuts_a_peer_that_does_not_read_at_the_deadline(backend: str) -
         server.shutdown(drain=0.2)
         assert 0.2 <= time.monotonic() - began < 5
         with pytest.raises(ConnectionResetError):
-            receive_all(client)
+            receive_reset(client)
         assert protocol.errors == [None]
 
 
@@ -351,7 +351,7 @@ def test_a_server_that_retires_can_be_shut_down(drain: float, ends: str, backend
             client.close()
         else:
             with pytest.raises(ConnectionResetError):
-                client.recv(1)
+                receive_reset(client)
         serving.join(10)
         assert not serving.is_alive()
         stats = server.stats()
@@ -402,7 +402,7 @@ def test_an_exception_in_draining_costs_one_connection(
         stopping = background(server.shutdown, 3600)
         assert client.recv(1) == b""
         with pytest.raises(ConnectionResetError):
-            mistaken.recv(1)
+            receive_reset(mistaken)
         client.close()
         stopping.join(10)
     assert "not now" in caplog.text
@@ -519,8 +519,9 @@ def test_a_report_tells_the_error(backend: str, caplog: pytest.LogCaptureFixture
     reports = Reports()
     server = Server(ANY_PORT, Fails, backend=backend, report=reports.report)
     with serving(server) as address, connect(address) as client:
+        client.sendall(b"x")
         with pytest.raises(ConnectionResetError):
-            ask(client)
+            receive_reset(client)
         report = reports.next()
         stats = server.stats()
         assert (stats.failed, stats.reset, stats.timed_out) == (1, 0, 0)
@@ -628,8 +629,9 @@ def test_an_error_of_one_peer_in_accept_is_passed_over(
             raise failures.pop()
         return accept(sock)
 
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)  # on Windows a socketpair(), which it may need, accepts
     monkeypatch.setattr(socket.socket, "accept", fail_once)
-    with serving(Server(ANY_PORT, EchoProtocol, backend=backend)) as address:
+    with serving(server) as address:
         began = time.monotonic()
         assert_echoes(address)
         assert failures == []
@@ -649,8 +651,9 @@ def test_accepting_rests_when_the_system_is_exhausted(
             raise failures.pop()
         return accept(sock)
 
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
     monkeypatch.setattr(socket.socket, "accept", fail_twice)
-    with serving(Server(ANY_PORT, EchoProtocol, backend=backend)) as address:
+    with serving(server) as address:
         began = time.monotonic()
         assert_echoes(address)
         assert time.monotonic() - began >= 2 * ACCEPT_REST
@@ -667,8 +670,9 @@ def test_an_error_of_the_listener_itself_does_not_spin(
         tries.append(time.monotonic())
         raise OSError(errno.EINVAL, "injected")
 
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
     monkeypatch.setattr(socket.socket, "accept", fail)
-    with serving(Server(ANY_PORT, EchoProtocol, backend=backend)) as address, connect(address):
+    with serving(server) as address, connect(address):
         wait_until(lambda: len(tries) == 3)
     assert tries[2] - tries[0] >= 2 * ACCEPT_REST
     assert caplog.text.count("accepting rests") == 1
@@ -681,9 +685,9 @@ def test_shutdown_does_not_wait_for_the_rest(backend: str, monkeypatch: pytest.M
         failed.set()
         raise OSError(errno.EMFILE, "injected")
 
+    server = Server(ANY_PORT, EchoProtocol, backend=backend)
     monkeypatch.setattr(socket.socket, "accept", fail)
     monkeypatch.setattr("muxio.server.listener.ACCEPT_REST", 3600)
-    server = Server(ANY_PORT, EchoProtocol, backend=backend)
     with serving(server) as address, connect(address):
         assert failed.wait(10)
         began = time.monotonic()
@@ -817,7 +821,7 @@ def test_over_the_limit_of_its_host_a_peer_is_reset(backend: str) -> None:
         assert ask(first) == b"x"
         assert ask(stack.enter_context(connect(address))) == b"x"
         with pytest.raises(ConnectionResetError), connect(address) as third:
-            third.recv(1)
+            receive_reset(third)
         if sys.platform == "linux":  # where all of 127/8 is ours
             other = socket.create_connection(address, 10, source_address=("127.0.0.2", 0))
             assert ask(stack.enter_context(other)) == b"x"
@@ -878,14 +882,16 @@ def test_stats_tell_what_was_done_and_what_is_going_on(backend: str) -> None:
             assert server.stats()._replace(lag=0.0) == expected
             second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             second.close()
-            wait_until(lambda: server.stats().reset == 1)
+            wait_until(lambda: server.stats().connections == 1)
             assert ask(first, b"bye") == b"bye"
             assert first.recv(1) == b""
         wait_until(lambda: server.stats().connections == 0)
         stats = server.stats()
-        assert (stats.accepted, stats.timed_out, stats.reset) == (2, 1, 1)
+        assert (stats.accepted, stats.timed_out) == (2, 1)
         assert (stats.bytes_in, stats.bytes_out, stats.buffered) == (11, 11, 0)
         assert 0.0 <= stats.lag < 10.0
+    needs_resets()
+    assert stats.reset == 1
 
 
 # Many at once
