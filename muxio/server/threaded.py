@@ -28,6 +28,9 @@ logger = logging.getLogger("muxio.server")
 RECEIVE_SIZE = 64 * 1024
 """Bytes that one recv() asks for."""
 
+SEND_SIZE = 64 * 1024
+"""Bytes that one send() is given."""
+
 BACK_OFF = 0.1
 """Seconds without accepting after the process or the system ran out of descriptors or memory."""
 
@@ -64,10 +67,10 @@ class Connection:
 
     def sendall(self, data: bytes) -> None:
         """Send all of `data`, waiting as long as the peer takes. Raises OSError when the connection is gone."""
-        # Not socket.sendall(): it does not tell how much went out before an error.
+        # Not socket.sendall(): it does not tell how much went out before an error; nor does one big send() on Windows.
         view = memoryview(data)
         while view:
-            sent = self.socket.send(view)
+            sent = self.socket.send(view[:SEND_SIZE])
             self.bytes_out += sent
             view = view[sent:]
 
