@@ -385,22 +385,6 @@ class TestTwoThreads:
         assert said in ([], [("new", READ)])
 
 
-@pytest.mark.skipif("afd" not in muxio.backends(), reason="AFD is Windows'")
-def test_afd_tells_nothing_more_of_a_closed_socket_that_was_unregistered_just_when_it_noticed() -> None:
-    """Else it would tell it of whoever has the number next."""
-    facility: Any = changeable("afd")
-    poller: muxio.Poller[Any] = muxio.Poller(facility)
-    with poller, ExitStack() as stack:
-        source, _ = unix_pair(stack)
-        poller.register(source, READ)
-        with (
-            overtaken(facility, "_begin", "after", source.close),
-            overtaken(facility, "_is_current", "after", lambda: poller.unregister(source)),
-        ):
-            assert poller.poll(0) == []
-        assert facility.wait(0, 1) == []
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="its timers tick every 15 ms")
 @pytest.mark.parametrize("name", muxio.backends())
 @pytest.mark.parametrize("timeout", [0.0001, 0.0021])

@@ -360,8 +360,7 @@ class Backend(Facility):
         self._interrupted = True  # unless it comes to its end
         self._take_hints()
         self._begin()
-        closed = [registration.fd for registration in list(self._closed) if registration.wanted]
-        found = dict.fromkeys(closed[:max_events], INVALID)
+        found = {registration.fd: INVALID for registration in list(self._closed)[:max_events]}
         timeout = until_signals(timeout)
         milliseconds = _INFINITE if timeout is None else math.ceil(timeout * 1000)
         if found or self._woken:
@@ -463,7 +462,7 @@ class Backend(Facility):
             self._port.cancel(operation)
             operation = registration.operation = None
         if not wanted:
-            self._closed.pop(registration, None)  # where it may be since it was removed: this thread is not locked out
+            self._closed.pop(registration, None)  # removed just when it was found closed
             return
         if registration.closed:
             self._closed[registration] = None
