@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from helpers import BACKENDS, Recorder, needs_resets, receive_reset, serving, wait_until
+from programs import STOP
+from programs import serving as running_program
 
 import muxio
 from muxio.server import ConnectionReport, EchoProtocol, Limits, Protocol, Server, Stats, Transport
@@ -457,26 +459,16 @@ class Busy:
         client.close()
 
 
-@pytest.mark.parametrize("how", ["shutdown", "SIGTERM"])
+@pytest.mark.parametrize("how", ["shutdown", "signal"])
 def test_busy_clients_see_their_answers_and_then_eof_at_a_stop(how: str, backend: str, background: Any) -> None:
-    if sys.platform == "win32" and how == "SIGTERM":
-        pytest.skip("Windows has no signals for one process")
     number = 1000 if backend != "select" else 300  # of 1,024 descriptors, both ends are in this process
-    if how == "SIGTERM":
-        command = [sys.executable, "-W", "error", "-m", "muxio", "serve", "127.0.0.1:0", "-q", "--drain", "60"]
-        with subprocess.Popen([*command, "--backend", backend], stdout=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout is not None
-                port = int(process.stdout.readline().split()[2].rpartition(":")[2])
-                busy = Busy(("127.0.0.1", port), number)
-                thread = background(busy.run)
-                wait_until(lambda: all(busy.received.values()))
-                process.terminate()
-                thread.join(60)
-                summary = process.communicate(timeout=60)[0].splitlines()[-1]
-            finally:
-                process.kill()
-        assert process.returncode == 0
+    if how == "signal":
+        with running_program("-q", "--drain", "60", "--backend", backend) as served:
+            busy = Busy(served.address, number)
+            thread = background(busy.run)
+            wait_until(lambda: all(busy.received.values()))
+            summary = served.stop(STOP)[-1]
+            thread.join(60)
         assert summary.endswith(f"{number:,} drained, 0 cut")
         bytes_in, bytes_out = (int(part.split()[0].replace(",", "")) for part in summary.split(", ")[1:3])
     else:

@@ -55,13 +55,19 @@ class Connection:
         self.bytes_out = 0
         # Without it, interrupt() could hit a socket that took the number of this one just after it was closed.
         self._closing = threading.Lock()
+        self._ended = False  # on Windows: an error of recv() is the end that interrupt() has made
 
     def recv(self, size: int = RECEIVE_SIZE) -> bytes:
         """Wait for data and return at most `size` bytes of it, or ``b""`` when the peer has shut its write side.
 
         Raises OSError as ``socket.recv()`` does, ConnectionResetError above all.
         """
-        data = self.socket.recv(size)
+        try:
+            data = self.socket.recv(size)
+        except OSError:
+            if not self._ended:
+                raise
+            return b""
         self.bytes_in += len(data)
         return data
 
@@ -77,11 +83,12 @@ class Connection:
     def interrupt(self) -> None:
         """Wake the thread that waits in recv() or sendall(): the one sees the end, the other an error. Never raises.
 
-        On Windows both see an error: there only closing the socket wakes a recv() (cpython#91913).
+        On Windows only closing the socket wakes them (cpython#91913), and what recv() gets there is an error.
         """
         with self._closing, contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
             if sys.platform == "win32":
+                self._ended = True
                 self.socket.close()
 
     def close(self) -> None:
