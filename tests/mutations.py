@@ -1175,7 +1175,7 @@ ADDRESSES = [
         "server/listener.py",
         "        if self._full():  # now, not",
         "        if False:  # now, not",
-        tests=("tests/test_addresses.py::test_who_is_full_leaves_peers_to_those_who_are_not",),
+        tests=("tests/test_listeners.py::test_who_is_full_leaves_peers_to_those_who_are_not",),
     ),
     Mutation(
         "sockets-for-somebody-else",
@@ -1220,7 +1220,7 @@ WORKERS = [
         "server/server.py",
         "            if patience < math.inf:\n",
         "            if False:\n",
-        tests=("tests/test_addresses.py::test_a_retiring_server_drains_when_its_patience_is_over",),
+        tests=("tests/test_listeners.py::test_a_retiring_server_drains_when_its_patience_is_over",),
     ),
     Mutation(
         "orphans-go-on",
@@ -1247,7 +1247,7 @@ TOLD = [
         "server/statistics.py",
         "Stats.total([gone, *(worker.stats for worker in workers)])",
         "Stats.total([worker.stats for worker in workers])",
-        tests=("tests/test_live.py::test_what_a_worker_did_before_it_ended_counts_for_all",),
+        tests=("tests/test_statistics.py::test_what_a_worker_did_before_it_ended_counts_for_all",),
     ),
     Mutation(
         "a-line-in-two-writes",
@@ -1255,7 +1255,7 @@ TOLD = [
         "server/notices.py",
         '    sys.stdout.write(f"{line}\\n")',
         "    print(line)",
-        tests=("tests/test_live.py::test_a_line_is_one_write_even_if_python_does_not_buffer",),
+        tests=("tests/test_statistics.py::test_a_line_is_one_write_even_if_python_does_not_buffer",),
     ),
     Mutation(
         "children-speak-as-well",
