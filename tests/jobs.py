@@ -99,9 +99,10 @@ def keep_the_gil(path: str) -> int:
 def die_while_answering() -> bytes:
     """Crash when a part of the result is on its way."""
     main = threading.get_ident()
+    sending = "_send_bytes" if sys.platform == "win32" else "_send"  # what multiprocessing calls it
 
     def watch() -> None:
-        while sys._current_frames()[main].f_code.co_name != "_send":
+        while sys._current_frames()[main].f_code.co_name != sending:
             pass
         os._exit(3)
 

@@ -52,11 +52,6 @@ AT_A_TIME = 2  # files
 LEFT_OUT = {
     "test_bench.py": "measuring, which is the same on every system",
     "test_bench_echo.py": "the same, of servers",
-    "test_bench_hold.py": "the same, of many connections",
-    "test_deadlines.py": "servers' deadlines, which wait a minute in all; the wheel is tested without waiting",
-    "test_kqueue_double.py": "a double for Linux",
-    "test_leak_checks.py": "the checks of this suite, by descriptors that Windows does not list",
-    "test_mutations.py": "mutations, which the tests on Linux find",
 }
 
 # Wine

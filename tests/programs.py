@@ -14,11 +14,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers import wait_until
+from helpers import on_wine, wait_until
 
 TIMEOUT = 60.0  # seconds after which a test that waits has failed
 
 LISTENING = re.compile(r"listening on (.+) \((.+)\); Ctrl-C stops")
+
+
+#: What asks a program to stop, as a service manager does; Windows has Ctrl-Break for that.
+STOP: int = getattr(signal, "SIGBREAK", signal.SIGTERM)
+
+#: What Ctrl-C sends; on Windows that cannot be sent to one program, and Ctrl-Break does the same.
+INTERRUPT: int = getattr(signal, "SIGBREAK", signal.SIGINT)
+
+#: ``python -m muxio`` that raises the signals whose numbers it reads.
+RAISES_SIGNALS = """
+import os, runpy, signal, threading
+
+def listen():
+    while number := os.read(0, 1):
+        signal.raise_signal(number[0])
+
+threading.Thread(target=listen, daemon=True).start()
+runpy.run_module("muxio", run_name="__main__", alter_sys=True)
+"""
 
 
 def muxio_command(*arguments: str) -> list[str]:
@@ -63,14 +82,25 @@ class Served:
         assert len(matching()) >= count, f"{pattern!r} is not in {self.lines!r}"
         return matching()
 
+    def send(self, number: int) -> None:
+        """Send a signal. Windows knows Ctrl-Break only, to a group of processes; Wine 8.0 not even that."""
+        if sys.platform != "win32":
+            self.process.send_signal(number)
+        elif not on_wine():
+            self.process.send_signal(signal.CTRL_BREAK_EVENT)
+        else:
+            assert self.process.stdin is not None
+            self.process.stdin.write(chr(number))
+            self.process.stdin.flush()
+
     def stop(
-        self, number: int = signal.SIGINT, clients: Sequence[socket.socket] = (), status: int = 0, says: str = ""
+        self, number: int = INTERRUPT, clients: Sequence[socket.socket] = (), status: int = 0, says: str = ""
     ) -> list[str]:
         """Send a signal and return the lines that came since the first, until the end, which has to be in order.
 
         These clients are connected; they see EOF, and leave.
         """
-        self.process.send_signal(number)
+        self.send(number)
         for client in clients:
             assert client.recv(1) == b""
             client.close()
@@ -84,7 +114,14 @@ class Served:
 @contextlib.contextmanager
 def serving(*arguments: str, address: str = "127.0.0.1:0", **how: Any) -> Iterator[Served]:
     """Run ``muxio serve``. With `how` as subprocess.Popen takes it."""
-    with running(muxio_command("serve", *([address] if address else []), *arguments), **how) as served:
+    command = muxio_command("serve", *([address] if address else []), *arguments)
+    if sys.platform == "win32":
+        how["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+        if on_wine():
+            place = command.index("-m")
+            command[place : place + 2] = ["-c", RAISES_SIGNALS]
+            how["stdin"] = subprocess.PIPE
+    with running(command, **how) as served:
         yield served
 
 
@@ -136,6 +173,8 @@ def connect(address: Any) -> socket.socket:
 
 def ended(pid: int) -> bool:
     """Whether a process that is no child of ours has ended; whoever it was left to may not have noticed yet."""
+    if sys.platform == "win32":  # where kill(pid, 0) is Ctrl-C
+        return _ended(pid)
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -143,3 +182,21 @@ def ended(pid: int) -> bool:
         return True
     except FileNotFoundError:  # no /proc here, or gone just now
         return Path("/proc/self").exists()
+
+
+if sys.platform == "win32":
+    import ctypes
+
+    def _ended(pid: int) -> bool:
+        kernel32 = ctypes.WinDLL("kernel32")
+        kernel32.OpenProcess.restype = ctypes.c_void_p
+        kernel32.WaitForSingleObject.argtypes = (ctypes.c_void_p, ctypes.c_ulong)
+        kernel32.CloseHandle.argtypes = (ctypes.c_void_p,)
+        synchronize = 0x00100000
+        process = kernel32.OpenProcess(synchronize, False, pid)
+        if not process:
+            return True
+        try:
+            return bool(kernel32.WaitForSingleObject(process, 0) == 0)  # WAIT_OBJECT_0: it has ended
+        finally:
+            kernel32.CloseHandle(process)

@@ -33,6 +33,7 @@ from muxio.testing.conformance import (
     readable,
     take_number,
     tcp_pair,
+    unix_pair,
     until,
     until_has,
 )
@@ -70,7 +71,7 @@ def test_the_environment_chooses_and_an_argument_overrules_it(unforced: pytest.M
 
 
 def test_an_unknown_backend_is_a_value_error_that_names_the_known_ones(unforced: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"'abacus'.*epoll, kqueue, poll, select"):
+    with pytest.raises(ValueError, match=r"'abacus'.*epoll, kqueue, afd, poll, select"):
         muxio.Poller("abacus")
     unforced.setenv("MUXIO_BACKEND", "abacus")
     with pytest.raises(ValueError, match="MUXIO_BACKEND"):
@@ -353,6 +354,7 @@ class TestTwoThreads:
         self, poller: muxio.Poller[Any], facility: Facility, source: socket.socket, stack: ExitStack, when: str
     ) -> None:
         def take_over() -> None:
+            unix_pair(stack)  # a thread's first blocking call on Windows makes an event, which would take the number
             number = source.fileno()
             source.close()
             poller.register(take_number(number, stack)[0], READ, key="new")

@@ -13,7 +13,7 @@ from typing import Any
 from typing import Protocol as Interface
 
 import pytest
-from helpers import Recorder, run_turns, run_until, tcp_pair
+from helpers import Recorder, needs_resets, receive_reset, run_turns, run_until, tcp_pair
 
 from muxio.server import BufferedProtocol, Connection, Loop, Protocol, Transport
 from muxio.server.connection import HIGH_WATER, LOW_WATER, RECEIVE_SIZE, TRANSITIONS, AnyProtocol, Event, State
@@ -698,7 +698,7 @@ def test_abort_sends_a_reset(queued: bool, loop: Loop, connect: Connect) -> None
     connection.abort()
     connection.abort()
     with pytest.raises(ConnectionResetError):
-        read_until_eof(loop, peer)
+        receive_reset(peer)
     run_turns(loop)
     assert protocol.errors == [None]
 
@@ -740,7 +740,9 @@ def test_a_reset_by_the_peer_is_told_once_with_its_error(loop: Loop, connect: Co
     connection.abort()
     connection.close()
     run_turns(loop)
-    assert [type(error) for error in protocol.errors] == [ConnectionResetError]
+    assert len(protocol.errors) == 1
+    needs_resets()
+    assert isinstance(protocol.errors[0], ConnectionResetError)
 
 
 @pytest.mark.parametrize("queued", [False, True], ids=["nothing queued", "bytes queued"])
@@ -912,7 +914,7 @@ def test_an_exception_of_a_buffered_protocol_ends_its_connection(
     assert [type(error) for error in protocol.errors] == [Mistake]
     assert "Traceback" in caplog.text
     with pytest.raises(ConnectionResetError):
-        peer.recv(1)
+        receive_reset(peer)
 
 
 def test_an_exception_in_connection_lost_is_logged_and_comes_to_nothing(

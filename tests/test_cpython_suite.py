@@ -30,11 +30,21 @@ from helpers import BACKENDS
 
 import muxio
 
-ASYNCIO = ["events", "streams", "sock_lowlevel", "sendfile", "server", "subprocess", "unix_events"]
+ASYNCIO = [
+    *("events", "streams", "sock_lowlevel", "sendfile", "server"),
+    pytest.param(
+        "subprocess",
+        marks=pytest.mark.skipif(sys.platform == "win32", reason="there a loop with a selector runs no subprocesses"),
+    ),
+    "unix_events",
+]
 
 TIMEOUT = 110.0  # seconds for one module, which takes 20 at most where nothing hangs
 
 KINDS = ("Default", "Select", "Poll", "Epoll", "Kqueue")
+
+#: Whose tests stand for a backend of which CPython has no selector.
+NAMESAKES = {"afd": "select"}
 
 
 class Outcome(NamedTuple):
@@ -120,6 +130,10 @@ def drive(module: str, backend: str, whose: str, names: list[str]) -> Outcome | 
         selectors.DefaultSelector = getattr(  # type: ignore[misc]
             selectors, f"{backend.capitalize()}Selector", selectors.DefaultSelector
         )
+    if sys.platform == "win32":  # where the default loop has no selector
+        import asyncio
+
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
     try:
         loaded = unittest.defaultTestLoader.loadTestsFromModule(importlib.import_module(module))
     except (ModuleNotFoundError, unittest.SkipTest) as error:
@@ -154,11 +168,11 @@ def flat(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
 def is_about(test: unittest.TestCase, backend: str) -> bool:
     """Some classes are the same tests for one kind of selector each: EPollEventLoopTests, PollSelectorTestCase.
 
-    With all kinds replaced by the same one, the namesake of the backend is enough.
+    With all kinds replaced by the same one, the namesake of the backend is enough. Proactors have no selector.
     """
     name = type(test).__name__.lower()
     kind = name.removesuffix("selectortestcase").removesuffix("eventlooptests")
-    return kind in (name, backend)
+    return kind in (name, NAMESAKES.get(backend, backend)) and not kind.startswith("proactor")
 
 
 def name_of(test: unittest.TestCase) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from helpers import Recorder, run_turns, tcp_pair, wait_until
+from helpers import Recorder, receive_reset, run_turns, tcp_pair, wait_until
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -94,8 +94,7 @@ class Bench:
     def peer_sees_reset(self) -> bool:
         with suppress(BlockingIOError):
             try:
-                while self.peer.recv(1 << 20):
-                    pass
+                receive_reset(self.peer)
             except ConnectionResetError:
                 return True
         return False

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from differential import ANY_PORT, NEXT_CLIENT, Case, Ledger, make_server, run, run_all, server_under_test
-from helpers import BACKENDS, serving
+from helpers import BACKENDS, needs_resets, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -181,6 +181,8 @@ FAULTS = {
 
 @pytest.mark.parametrize(("broken", "name"), FAULTS.items(), ids=[broken.__name__ for broken in FAULTS])
 def test_a_broken_server_is_found_out(broken: Callable[[Connection], None], name: str, oracle: Any) -> None:
+    if broken is reset_in_place_of_eof:
+        needs_resets()
     script = SCRIPTS[name]
     with serving(ThreadedServer(ANY_PORT, broken)) as address:
         found = difference(script, observe(script, oracle), observe(script, address, timeout=0.5))

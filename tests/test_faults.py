@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from helpers import serving, wait_until
+from helpers import needs_resets, receive_reset, serving, wait_until
 
 from muxio.server import ThreadedServer
 from muxio.testing import FaultPlan, FaultProxy
@@ -156,9 +156,9 @@ def test_an_abort_resets_both_sides() -> None:
     with connected(FaultPlan(upstream=(Pass(3), Abort()))) as (client, server, _):
         client.sendall(b"abcdef")
         with pytest.raises(ConnectionResetError):
-            client.recv(100)
+            receive_reset(client)
         with pytest.raises(ConnectionResetError):
-            receive(server)
+            receive_reset(server)
 
 
 @pytest.mark.parametrize("ending", ENDINGS, ids=repr)
@@ -200,11 +200,12 @@ def test_eof_passes_behind_the_last_byte_and_the_other_direction_goes_on() -> No
 
 @pytest.mark.parametrize("direction", ["upstream", "downstream"])
 def test_a_reset_passes_as_a_reset(direction: str) -> None:
+    needs_resets()
     with connected(FaultPlan()) as (client, server, proxy):
         first, other = (client, server) if direction == "upstream" else (server, client)
         reset(first)
         with pytest.raises(ConnectionResetError):
-            other.recv(1)
+            receive_reset(other)
         wait_until(lambda: not proxy.connections)
 
 
@@ -217,7 +218,7 @@ def test_the_refusal_of_a_dead_server_is_a_reset() -> None:
                     pytest.raises(ConnectionResetError),
                     socket.create_connection(proxy.address, timeout=10) as client,
                 ):
-                    client.recv(1)
+                    receive_reset(client)
             wait_until(lambda: not proxy.connections)
 
 

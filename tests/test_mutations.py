@@ -9,6 +9,7 @@ from typing import Any
 
 import mutate
 import pytest
+from helpers import on_wine
 from mutations import MUTATIONS, Mutation
 
 from muxio.testing import PollerConformance
@@ -25,6 +26,16 @@ HARMLESS = Mutation(
     tests=("tests/test_events.py",),
 )
 CAUGHT = "describe-names-one-bit-only"
+
+
+@pytest.fixture
+def copying() -> None:
+    """For tests in which files are copied."""
+    if on_wine():
+        pytest.skip("Wine 8.0 has no CopyFile2, which shutil calls")
+
+
+copies = pytest.mark.usefixtures("copying")
 
 
 def run(mutations: list[Mutation], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -54,6 +65,7 @@ def test_names_are_unique() -> None:
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
 
 
+@copies
 def test_a_mutation_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
     assert mutate.main(["--only", CAUGHT, "--python", sys.executable]) == 0
     told = capsys.readouterr()
@@ -63,6 +75,7 @@ def test_a_mutation_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
     assert "without a mutation: passed" in told.err
 
 
+@copies
 def test_a_mutation_that_no_test_notices_is_missed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +83,7 @@ def test_a_mutation_that_no_test_notices_is_missed(
     assert capsys.readouterr().out.split()[:2] == ["MISSED", HARMLESS.name]
 
 
+@copies
 def test_tests_that_hang_have_noticed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = replace(HARMLESS, name="hangs", old="    names = [", new="    while events:\n        pass\n    names = [")
     monkeypatch.setattr(mutate, "TIMEOUT", 10.0)
@@ -77,6 +91,7 @@ def test_tests_that_hang_have_noticed(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().out.split()[:3] == ["caught", "hangs", "hang"]
 
 
+@copies
 @pytest.mark.parametrize(
     ("change", "trouble"),
     [

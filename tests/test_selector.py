@@ -103,8 +103,8 @@ def test_after_close_the_map_is_empty_and_the_selector_refuses(selector: muxio.S
 
 def test_what_cannot_be_registered_leaves_no_trace(selector: muxio.Selector, pair: Pair) -> None:
     ours, _ = pair
-    number = os.dup(ours.fileno())
-    os.close(number)
+    with socket.socket() as closed:
+        number = closed.fileno()
     with tempfile.TemporaryFile() as file:
         for source in (number, file):
             with pytest.raises(OSError):
@@ -174,7 +174,7 @@ def test_new_data_come_with_the_next_event(selector: muxio.Selector, pair: Pair)
 def test_a_timeout_is_never_early(selector: muxio.Selector, timeout: float) -> None:
     start = time.monotonic()
     assert selector.select(timeout) == []
-    assert time.monotonic() - start >= timeout
+    assert time.monotonic() >= start + timeout
 
 
 def test_a_negative_timeout_is_a_look(selector: muxio.Selector, pair: Pair) -> None:
@@ -363,6 +363,8 @@ def told(operation: Callable[..., SelectorKey], *arguments: Any) -> object:
 
 def seen(selector: BaseSelector) -> dict[SelectorKey, int]:
     """What is ready now. (CPython's kqueue selector may report the two directions apart.)"""
+    if sys.platform == "win32" and isinstance(selector, selectors.SelectSelector) and not selector.get_map():
+        return {}  # WinError 10022: Winsock's select() does not wait for nothing
     found: dict[Any, int] = {}
     for key, events in selector.select(0):
         found[key[1:]] = found.get(key[1:], 0) | events
@@ -375,6 +377,12 @@ def seen(selector: BaseSelector) -> dict[SelectorKey, int]:
 def test_any_sequence_gives_what_cpythons_selector_gives(backend: str, sequence: list[Any]) -> None:
     pairs = [socket.socketpair() for _ in range(PAIRS)]
     with muxio.Selector(backend) as mine, selectors.DefaultSelector() as theirs:
+        # CPython's selector over select() puts what is modified at the end of its map.
+        ordered = sorted if isinstance(theirs, selectors.SelectSelector) else list
+
+        def listed(selector: BaseSelector) -> list[Any]:
+            return ordered(key[1:] for key in selector.get_map().values())
+
         try:
             for name, which, *rest in sequence:
                 ours, peer = pairs[which]
@@ -394,10 +402,11 @@ def test_any_sequence_gives_what_cpythons_selector_gives(backend: str, sequence:
                 elif name == "hang up":
                     peer.close()
                 elif name == "renew":  # the number is often used again at once
-                    key = theirs.get_map().get(ours)
+                    keys = mine.get_map().get(ours), theirs.get_map().get(ours)
                     ours.close()
-                    if key is not None:
-                        assert told(mine.unregister, key.fileobj) == told(theirs.unregister, key.fileobj)
+                    assert (keys[0] is None) == (keys[1] is None)
+                    if keys[0] and keys[1]:
+                        assert told(mine.unregister, keys[0].fileobj) == told(theirs.unregister, keys[1].fileobj)
                     peer.close()
                     pairs[which] = socket.socketpair()
                 elif rest:
@@ -407,7 +416,7 @@ def test_any_sequence_gives_what_cpythons_selector_gives(backend: str, sequence:
                         getattr(theirs, name), source, *arguments
                     )
                 assert seen(mine) == seen(theirs)
-                assert [key[1:] for key in mine.get_map().values()] == [key[1:] for key in theirs.get_map().values()]
+                assert listed(mine) == listed(theirs)
         finally:
             for ours, peer in pairs:
                 ours.close()

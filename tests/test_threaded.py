@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import wait_until
+from helpers import needs_resets, on_wine, wait_until
 
 from muxio.server.report import ConnectionReport, format_address
 from muxio.server.threaded import BACK_OFF, Connection, ThreadedServer, echo
@@ -158,10 +158,11 @@ def test_a_reset_is_an_ordinary_end_that_the_report_names(caplog: pytest.LogCapt
     with serving(server):
         observe(Script((Send(10), Receive(10), Reset())), server.server_address)
         report = reports.next()
-    assert isinstance(report.error, ConnectionResetError)
     assert (report.bytes_in, report.bytes_out) == (10, 10)
-    assert str(report).endswith(", reset by peer")
     assert not caplog.records
+    needs_resets()
+    assert isinstance(report.error, ConnectionResetError)
+    assert str(report).endswith(", reset by peer")
 
 
 def test_what_was_sent_before_an_error_is_counted() -> None:
@@ -383,6 +384,8 @@ def test_shutdown_from_another_thread_ends_connections_and_threads() -> None:
 
 
 def test_shutdown_wakes_a_thread_that_cannot_send() -> None:
+    if on_wine():
+        pytest.skip("on Wine 8.0 closing a socket does not end a send() that waits")
     reports = Reports()
 
     def talk(connection: Connection) -> None:

@@ -462,7 +462,7 @@ class Backend(Facility):
             self._port.cancel(operation)
             operation = registration.operation = None
         if not wanted:
-            self._closed.pop(registration, None)  # where it is if it was removed just when it was found closed
+            self._closed.pop(registration, None)  # removed just when it was found closed
             if self._sockets.get(registration.fd) is not registration:
                 registration.operation = None  # the two refer to each other, and are done
             return

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -438,7 +439,13 @@ class Connection:
     def _socket_error(self) -> OSError | None:
         try:
             number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        except OSError as error:  # the protocol has closed or detached it
+            if sys.platform == "win32" and not number:  # there it is of connect() only: an operation tells of a reset
+                if self._state in _SENDS:
+                    self._sock.send(b"")
+                self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError as error:  # that, or the protocol has closed or detached it
             return error
         return OSError(number, os.strerror(number)) if number else None
 

@@ -493,7 +493,7 @@ _EXECUTORS: dict[str, type[_Threads | _Processes]] = {"threads": _Threads, "proc
 
 
 def _begin(lifeline: Any) -> None:
-    """The first thing: end when the other end of the lifeline does; leave Ctrl-C to the server."""
+    """The first thing: end when the other end of the lifeline does; leave Ctrl-C, and Ctrl-Break, to the server."""
     import signal
     import threading
 
@@ -503,7 +503,8 @@ def _begin(lifeline: Any) -> None:
         except (EOFError, OSError):
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, getattr(signal, "SIGBREAK", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
     if sys.platform == "linux":
         _end_by_signal(lifeline.fileno())

@@ -28,6 +28,9 @@ logger = logging.getLogger("muxio.server")
 RECEIVE_SIZE = 64 * 1024
 """Bytes that one recv() asks for."""
 
+SEND_SIZE = 64 * 1024
+"""Bytes that one send() is given."""
+
 BACK_OFF = 0.1
 """Seconds without accepting after the process or the system ran out of descriptors or memory."""
 
@@ -52,33 +55,40 @@ class Connection:
         self.bytes_out = 0
         # Without it, interrupt() could hit a socket that took the number of this one just after it was closed.
         self._closing = threading.Lock()
+        self._ended = False  # on Windows: an error of recv() is the end that interrupt() has made
 
     def recv(self, size: int = RECEIVE_SIZE) -> bytes:
         """Wait for data and return at most `size` bytes of it, or ``b""`` when the peer has shut its write side.
 
         Raises OSError as ``socket.recv()`` does, ConnectionResetError above all.
         """
-        data = self.socket.recv(size)
+        try:
+            data = self.socket.recv(size)
+        except OSError:
+            if not self._ended:
+                raise
+            return b""
         self.bytes_in += len(data)
         return data
 
     def sendall(self, data: bytes) -> None:
         """Send all of `data`, waiting as long as the peer takes. Raises OSError when the connection is gone."""
-        # Not socket.sendall(): it does not tell how much went out before an error.
+        # Not socket.sendall(): it does not tell how much went out before an error; nor does one big send() on Windows.
         view = memoryview(data)
         while view:
-            sent = self.socket.send(view)
+            sent = self.socket.send(view[:SEND_SIZE])
             self.bytes_out += sent
             view = view[sent:]
 
     def interrupt(self) -> None:
         """Wake the thread that waits in recv() or sendall(): the one sees the end, the other an error. Never raises.
 
-        On Windows both see an error: there only closing the socket wakes a recv() (cpython#91913).
+        On Windows only closing the socket wakes them (cpython#91913), and what recv() gets there is an error.
         """
         with self._closing, contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
             if sys.platform == "win32":
+                self._ended = True
                 self.socket.close()
 
     def close(self) -> None:

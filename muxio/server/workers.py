@@ -240,6 +240,16 @@ class Workers:
         worker = place.successor = Worker(place, process, self.loop.time())
         self._workers.add(worker)
         worker.channel = Channel(self.loop, ours, partial(self._heard, worker), partial(self._lost, worker))
+        if sys.platform == "win32":
+            self._await_start(worker)
+
+    def _await_start(self, worker: Worker) -> None:
+        """On Windows a worker fetches its sockets: until then its end of the channel is here, and its death no EOF."""
+        if worker.state is State.STARTING:
+            if worker.process.exitcode is None:
+                self.loop.call_later(_REAP, self._await_start, worker)
+            else:
+                worker.channel.transport.abort()
 
     def _start_later(self, place: Place, delay: float) -> None:
         place.restart = self.loop.call_later(delay, self._start_again, place)
