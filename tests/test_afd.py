@@ -25,7 +25,7 @@ import muxio
 from muxio import ERROR, READ, WRITE
 from muxio.backends import afd
 from muxio.server import sockets, threaded
-from muxio.testing.conformance import Background, idle, on_wine, pair_under, readable, unix_pair, until_silent
+from muxio.testing.conformance import Background, idle, on_wine, readable, take_number, unix_pair, until_silent
 
 if "afd" not in BACKENDS:
     pytest.skip("MUXIO_BACKEND leaves another backend", allow_module_level=True)
@@ -114,7 +114,7 @@ def test_the_late_close_of_an_old_owner_does_not_reach_the_new_one(poller: muxio
         assert poller.poll(0) == []
         old.close()
         poller.unregister(old)
-        ours, theirs = pair_under(number, stack)
+        ours, theirs = take_number(number, stack)
         poller.register(ours, READ, key="new")
         assert until_silent(poller) == []
         theirs.send(b"x")
@@ -139,7 +139,7 @@ def test_a_bare_number_is_not_watched_for_its_next_owner(poller: muxio.Poller[An
     poller.register(number, READ, key="old")
     assert poller.poll(0) == []
     ours.close()
-    _, theirs = pair_under(number, stack)
+    _, theirs = take_number(number, stack)
     theirs.send(b"x")
     assert poller.poll(10) == [("old", READ | ERROR)]
     with pytest.raises(OSError, match="closed"):

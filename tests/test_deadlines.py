@@ -11,7 +11,7 @@ import pytest
 from helpers import Recorder, receive_reset, run_turns, tcp_pair, wait_until
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from muxio.server import Connection, Loop, Timeouts
 from muxio.server.connection import State
@@ -380,7 +380,11 @@ TIMEOUTS = Timeouts(first_data=7, idle=5, write=6, lifetime=30, close=None, ling
 
 
 class Deadlines(RuleBasedStateMachine):
-    """A connection whose peer does this and that while time passes, and a model that says when it has to end."""
+    """A connection whose peer does this and that while time passes, and a model that says when it has to end.
+
+    How much the kernel takes at a time is its own affair, and with it when a connection ends. So any rule may come at
+    any time, and goes on with another connection if the last one has ended.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -411,52 +415,58 @@ class Deadlines(RuleBasedStateMachine):
     def is_open(self) -> bool:
         return not self.bench.connection.is_closing()
 
-    @precondition(is_open)
+    def go_on(self) -> None:
+        """With another connection, if this one has ended."""
+        if not self.is_open():
+            self.bench.close()
+            self.begin()
+
     @rule()
     def peer_sends(self) -> None:
+        self.go_on()
         self.bench.peer_sends()
         if not self.paused:
             self.heard, self.active = True, self.now()
 
-    @precondition(is_open)
     @rule()
     def we_write_more_than_is_taken(self) -> None:
+        self.go_on()
         if not self.bench.connection.get_write_buffer_size():
             self.progress = self.now()
         self.bench.connection.write(MUCH)
         self.expected()
 
-    @precondition(is_open)
     @rule()
     def peer_takes_all(self) -> None:
+        self.go_on()
         self.expected()
         self.bench.peer_takes_all()
         self.expected()
 
-    @precondition(is_open)
     @rule()
     def we_pause(self) -> None:
+        self.go_on()
         self.bench.connection.pause_reading()
         self.paused = True
 
-    @precondition(is_open)
     @rule()
     def we_resume(self) -> None:
+        self.go_on()
         if self.paused:
             self.paused, self.active = False, self.now()
             self.bench.connection.resume_reading()
             self.bench.peer_sends()
             self.heard = True
 
-    @precondition(is_open)
     @rule(seconds=st.none() | st.integers(1, 12))
     def we_set_a_deadline(self, seconds: int | None) -> None:
+        self.go_on()
         self.bench.connection.set_deadline(seconds)
         self.deadline = math.inf if seconds is None else self.now() + seconds
 
-    @precondition(is_open)
     @rule(ticks=st.integers(1, 24))
     def time_passes(self, ticks: int) -> None:
+        self.go_on()
         for _ in range(ticks):
             expected = self.expected()
             self.bench.pass_time(TICK / 2)
@@ -466,12 +476,6 @@ class Deadlines(RuleBasedStateMachine):
             else:
                 assert self.now() >= expected, "early"
                 return
-
-    @precondition(lambda self: not self.is_open())
-    @rule()
-    def another_one_connects(self) -> None:
-        self.bench.close()
-        self.begin()
 
     def teardown(self) -> None:
         self.bench.close()

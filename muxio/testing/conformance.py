@@ -93,7 +93,8 @@ def take_number(number: int, stack: ExitStack) -> Pair:
     if theirs.fileno() == number:
         return theirs, ours
     if sys.platform == "win32":
-        return pair_under(number, stack)
+        reborn, theirs = pair_under(number)
+        return stack.enter_context(reborn), stack.enter_context(theirs)
     os.dup2(ours.fileno(), number, inheritable=False)
     ours.close()
     reborn = stack.enter_context(socket.socket(fileno=number))
@@ -101,23 +102,26 @@ def take_number(number: int, stack: ExitStack) -> Pair:
     return reborn, theirs
 
 
-def pair_under(number: int, stack: ExitStack) -> Pair:
-    """A new pair whose first socket has a free number: Windows has no dup2 for sockets, but uses numbers again soon."""
-    with ExitStack() as others:
-        ours = others.enter_context(socket.socket())
-        for _ in range(1000):
-            if ours.fileno() == number:
-                break
-            ours = others.enter_context(socket.socket())
-        else:
-            pytest.skip("the number was not used again, and Windows has no dup2 for sockets")
-        listener = others.enter_context(socket.create_server(("127.0.0.1", 0)))
+def pair_under(number: int) -> Pair:
+    """A new pair whose first socket has a free number: Windows has no dup2 for sockets."""
+    ours = socket_under(number)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         ours.connect(listener.getsockname())
-        theirs = stack.enter_context(listener.accept()[0])
-        reborn = stack.enter_context(socket.socket(fileno=ours.detach()))
-    reborn.setblocking(False)
+        theirs, _ = listener.accept()
+    ours.setblocking(False)
     theirs.setblocking(False)
-    return reborn, theirs
+    return ours, theirs
+
+
+def socket_under(number: int) -> socket.socket:
+    """A new socket that has a free number, which Windows uses again soon."""
+    with ExitStack() as others:
+        for _ in range(1000):
+            sock = socket.socket()
+            if sock.fileno() == number:
+                return sock
+            others.enter_context(sock)
+    pytest.skip("the number was not used again, and Windows has no dup2 for sockets")
 
 
 def leave_behind(poller: Poller[Any], sock: socket.socket, stack: ExitStack) -> int:

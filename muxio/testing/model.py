@@ -44,7 +44,7 @@ except ImportError as error:
 
 from muxio.events import EDGE, ERROR, HANGUP, HINTS, ONESHOT, READ, READ_CLOSED, WRITE, describe
 from muxio.poller import MAX_EVENTS, Poller
-from muxio.testing.conformance import DEADLINE, until
+from muxio.testing.conformance import DEADLINE, pair_under, socket_under, until
 
 __all__ = ["any_order", "machine"]
 
@@ -228,6 +228,8 @@ class Operations(RuleBasedStateMachine):
         self.handles: list[Handle] = []
         self.table: dict[int, Watch] = {}
         self.haunting: list[File] = []  #: a descriptor was closed while registered, and another keeps the file open
+        #: On Windows: number of a closed source -> a socket that keeps others from using it by chance.
+        self.kept_free: dict[int, socket.socket] = {}
         self.keys = count()
         self.woken = False
         self.batch: list[tuple[Any, int]] = []
@@ -239,6 +241,8 @@ class Operations(RuleBasedStateMachine):
         self.poller.close()
         for handle in self.handles:
             handle.sock.close()
+        for sock in self.kept_free.values():
+            sock.close()
 
     # The kernel
 
@@ -253,9 +257,17 @@ class Operations(RuleBasedStateMachine):
     def open(self) -> None:
         files = File(), File()
         files[0].peer, files[1].peer = files[1], files[0]
-        for sock, file in zip(socket.socketpair(), files, strict=True):
+        for sock, file in zip(self.new_pair(), files, strict=True):
             sock.setblocking(False)
             self.handles.append(Handle(sock, file))
+
+    def new_pair(self) -> tuple[socket.socket, socket.socket]:
+        """Its first end has the number of a closed source soon, and by the same operations always at the same time."""
+        if not self.kept_free:
+            return socket.socketpair()
+        number, sock = self.kept_free.popitem()
+        sock.close()
+        return pair_under(number)
 
     @operation(has_room, which=lambda self, handle: handle.open)
     def dup(self, which: int) -> None:
@@ -302,6 +314,8 @@ class Operations(RuleBasedStateMachine):
         handle = self.handles[which]
         file, peer = handle.file, handle.file.peer
         handle.sock.close()
+        if sys.platform == "win32" and self.watch(handle):  # where it is chance which number is used again
+            self.kept_free[handle.number] = socket_under(handle.number)
         handle.open = False
         file.handles -= 1
         if file.handles:
