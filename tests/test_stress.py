@@ -29,7 +29,7 @@ from tokens import DEADLINE, Hall
 import muxio
 from muxio import EDGE, ONESHOT, READ, WRITE, Poller
 from muxio.events import describe
-from muxio.testing.conformance import needs, readable, until_silent
+from muxio.testing.conformance import needs, on_wine, readable, until_silent
 
 LENGTH = float(os.environ.get("MUXIO_STRESS", "1"))
 
@@ -133,6 +133,7 @@ def together(*functions: Callable[[], object], give_up: Callable[[], object] = l
 @each_timing
 @pytest.mark.parametrize("modes", MODES.values(), ids=MODES)
 @each_backend
+@pytest.mark.skipif(on_wine(), reason="Wine 8.0's server crashes if a number is polled while a socket is made under it")
 def test_no_event_is_lost(poller: Poller[Any], backend: str, modes: list[int], timing: Timing, seed: str) -> None:
     supported = [mode for mode in modes if poller.supports(READ | mode)]
     if not supported or (len(modes) > 1 and supported == [0]):
