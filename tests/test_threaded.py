@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import needs_resets, on_wine, wait_until
+from helpers import needs_resets, wait_until
 
 from muxio.server.report import ConnectionReport, format_address
 from muxio.server.threaded import BACK_OFF, Connection, ThreadedServer, echo
@@ -384,8 +384,6 @@ def test_shutdown_from_another_thread_ends_connections_and_threads() -> None:
 
 
 def test_shutdown_wakes_a_thread_that_cannot_send() -> None:
-    if on_wine():
-        pytest.skip("on Wine 8.0 closing a socket does not end a send() that waits")
     reports = Reports()
 
     def talk(connection: Connection) -> None:

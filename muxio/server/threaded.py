@@ -28,11 +28,11 @@ logger = logging.getLogger("muxio.server")
 RECEIVE_SIZE = 64 * 1024
 """Bytes that one recv() asks for."""
 
-SEND_SIZE = 64 * 1024
-"""Bytes that one send() is given."""
-
 BACK_OFF = 0.1
 """Seconds without accepting after the process or the system ran out of descriptors or memory."""
+
+#: For ever; on Windows a number of seconds that is as good as that (see `Connection.interrupt`).
+_TIMEOUT = 2e6 if sys.platform == "win32" else None
 
 # accept(2): these say something about us, and come again at once. EMFILE and ENFILE end when a connection is closed.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -73,17 +73,18 @@ class Connection:
 
     def sendall(self, data: bytes) -> None:
         """Send all of `data`, waiting as long as the peer takes. Raises OSError when the connection is gone."""
-        # Not socket.sendall(): it does not tell how much went out before an error; nor does one big send() on Windows.
+        # Not socket.sendall(): it does not tell how much went out before an error.
         view = memoryview(data)
         while view:
-            sent = self.socket.send(view[:SEND_SIZE])
+            sent = self.socket.send(view)
             self.bytes_out += sent
             view = view[sent:]
 
     def interrupt(self) -> None:
         """Wake the thread that waits in recv() or sendall(): the one sees the end, the other an error. Never raises.
 
-        On Windows only closing the socket wakes them (cpython#91913), and what recv() gets there is an error.
+        On Windows only closing the socket wakes them (cpython#91913), and what recv() gets there is an error. A send()
+        may go on even then [Wine 8.0], so both wait in select(), as Python has it do where there is a timeout.
         """
         with self._closing, contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -237,7 +238,7 @@ class ThreadedServer:
 
     def _accept(self) -> None:
         sock, peer = self._listener.accept()
-        sock.setblocking(True)  # BSD and macOS hand the listener's O_NONBLOCK on
+        sock.settimeout(_TIMEOUT)  # BSD and macOS hand the listener's O_NONBLOCK on
         connection = Connection(sock, peer)
         thread = threading.Thread(
             target=self._run, args=(connection,), name=f"connection from {format_address(peer)}", daemon=True
