@@ -145,7 +145,8 @@ class Poller(Generic[Key]):
 
         KeyError: the source is registered already, or its number is and the number's owner is not known to be gone.
         ValueError: the bits make no sense. io.UnsupportedOperation: this backend cannot do them.
-        OSError: EBADF for a closed descriptor. PermissionError: a regular file or a directory.
+        OSError: EBADF for a closed descriptor; on Windows, WSAENOTSOCK for a number that is no socket's.
+        PermissionError: a regular file or a directory.
         """
         if key is _SAME:
             key = source  # type: ignore[assignment]

@@ -52,7 +52,8 @@ class Selector(BaseSelector):
     def __init__(self, backend: str | Facility | None = None) -> None:
         #: What it stands on: ``selector.poller.wake()`` ends a `select`. Leave its registrations to the selector.
         self.poller: Poller[SelectorKey] = Poller(backend)
-        self._poll, self._look = self.poller.poll, self.poller._look
+        self._poll = self.poller.poll
+        self._look = self.poller._look if self.poller._facility.lets_look else _leave_to_poll
         self._keys: dict[int, SelectorKey] = {}
         self._map: _Map | None = _Map(self._keys)
         try:
@@ -174,6 +175,10 @@ class Selector(BaseSelector):
         None after `close`, as with CPython's selectors.
         """
         return self._map  # type: ignore[return-value]  # typeshed, too, leaves the None out
+
+
+def _leave_to_poll(max_events: int) -> None:
+    """Look where only one thread may be in the facility, which `poll` sees to."""
 
 
 class _Map(Mapping[Source, SelectorKey]):

@@ -13,7 +13,9 @@ import _thread
 import asyncio
 import ctypes
 import io
+import selectors
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -132,12 +134,16 @@ def test_a_close_is_told_once(poller: muxio.Poller[Any], stack: ExitStack) -> No
     poller.unregister(ours)
 
 
-def test_a_bare_number_is_not_watched_for_its_next_owner(poller: muxio.Poller[Any], stack: ExitStack) -> None:
-    """The number cannot tell that it was closed, but AFD has told."""
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_bare_number_is_not_watched_for_its_next_owner(
+    poller: muxio.Poller[Any], stack: ExitStack, interrupted: bool
+) -> None:
+    """The number cannot tell that it was closed, but AFD has told, of an operation that may be given up by now."""
     ours, _ = unix_pair(stack)
     number = ours.fileno()
     poller.register(number, READ, key="old")
     assert poller.poll(0) == []
+    vars(poller)["_facility"]._interrupted = interrupted  # as an exception leaves it
     ours.close()
     _, theirs = take_number(number, stack)
     theirs.send(b"x")
@@ -306,6 +312,39 @@ def test_an_interrupted_wait_loses_nothing(name: str, stack: ExitStack) -> None:
     for _ in range(3):
         ours.setblocking(False)
         assert poller.poll(10) == [("key", READ)]
+
+
+# Threads
+
+
+def test_a_look_of_another_thread_is_refused_while_one_waits(stack: ExitStack) -> None:
+    selector = stack.enter_context(muxio.Selector("afd"))
+    ours, theirs = unix_pair(stack)
+    key = selector.register(ours, selectors.EVENT_READ)
+    thread = Background(selector.select)
+    wait_until(lambda: "waiting" in repr(selector.poller))
+    with pytest.raises(RuntimeError, match="waits"):
+        selector.select(0)
+    theirs.send(b"x")
+    assert thread.result() == [(key, selectors.EVENT_READ)]
+
+
+DAEMON = """
+import socket, threading, time, muxio
+pairs = [socket.socketpair() for _ in range(50)]
+poller = muxio.Poller("afd")
+for ours, _ in pairs:
+    poller.register(ours, muxio.READ)
+threading.Thread(target=poller.poll, daemon=True).start()
+while "waiting" not in repr(poller):
+    time.sleep(0.001)
+print("the end")
+"""
+
+
+def test_a_process_ends_while_a_daemon_thread_waits() -> None:
+    done = subprocess.run([sys.executable, "-c", DAEMON], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("the end\n", "")
 
 
 # Base handles

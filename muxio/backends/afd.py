@@ -7,8 +7,9 @@ mio, polling and trio live on it. Where a fact is one of theirs, it says so here
 
 Four rules follow from how the driver behaves, and the rest of this file from them.
 
-- One operation a socket: with two at a time, one may end for the events of the other (trio, "_io_windows.py"). So
-  changes are collected, and what is new at the next wait is what the kernel is told.
+- One operation a socket: with two at a time, one may end for the events of the other (trio, "_io_windows.py"), or never
+  (wepoll#35; of two ports as well, so a socket is for one poller at a time). So changes are collected, and what is new
+  at the next wait is what the kernel is told.
 - The memory of an operation is the kernel's until its completion was taken out of the queue, cancelled or not; freed
   earlier, it crashes the process [seen]. So all that are under way stand in a table, and nothing but a completion takes
   them out.
@@ -182,7 +183,7 @@ class _Registration:
 class _Port:
     """The completion port, the handles to the driver, and the operations under way: what has to be given back."""
 
-    __slots__ = ("_count", "_entries", "_last", "groups", "handle", "operations")
+    __slots__ = ("_closing", "_count", "_entries", "_last", "groups", "handle", "operations")
 
     def __init__(self) -> None:
         self.handle = _checked(_CreateIoCompletionPort(_INVALID_HANDLE, None, 0, 0))
@@ -190,6 +191,7 @@ class _Port:
         #: Name -> the operation under way. Names, unlike addresses, are not used again.
         self.operations: dict[int, _Operation] = {}
         self._last = 0
+        self._closing = False
         # Completions, OVERLAPPED_ENTRYs of four words each, of which the second is the name; and how many have been
         # taken and not yet looked at. Should an exception strike just when the kernel has handed them out, they are
         # still here.
@@ -211,6 +213,8 @@ class _Port:
 
     def begin(self, operation: _Operation, asked: int) -> int:
         """Returns an NTSTATUS. With success, too, a completion comes: what holds already ends at once [seen]."""
+        if self._closing:  # at the end of the process, while a daemon thread still waits
+            return _PENDING
         operation.count = 1
         operation.events = operation.asked = asked
         self._last += 1
@@ -227,7 +231,7 @@ class _Port:
         return status
 
     def end(self, operation: _Operation) -> None:
-        del self.operations[operation.name]
+        self.operations.pop(operation.name, None)
         operation.asked = 0
 
     def cancel(self, operation: _Operation) -> None:
@@ -245,7 +249,7 @@ class _Port:
         ):
             error = ctypes.get_last_error()
             self._count.value = 0  # Wine counts one [seen]
-            if error != _WAIT_TIMEOUT:
+            if error != _WAIT_TIMEOUT and not self._closing:
                 raise ctypes.WinError(error)
             return []
         return self._entries[1 : 4 * self._count.value : 4]
@@ -257,25 +261,34 @@ class _Port:
         _checked(_PostQueuedCompletionStatus(self.handle, 0, 0, None))
 
     def close(self) -> None:
-        self.cancel_all()
-        deadline = time.monotonic() + _PATIENCE
-        while self.operations and time.monotonic() < deadline:
-            for name in self.take(10, _BATCH):
+        self._closing = True
+        _ending[id(self)] = self.operations
+        try:
+            self.cancel_all()
+            for name in self._entries[1 : 4 * self._count.value : 4]:
                 self.operations.pop(name, None)
-            self.looked_at()
-        if self.operations:
-            _never_ended.append(self.operations)
-        for group in self.groups:
-            _CloseHandle(group.handle)
-        _CloseHandle(self.handle)
+            # Not into the same memory: at the end of the process a daemon thread may still wait.
+            entries, count = (c_size_t * (4 * _BATCH))(), c_ulong(0)
+            deadline = time.monotonic() + _PATIENCE
+            while self.operations and time.monotonic() < deadline:
+                if _GetQueuedCompletionStatusEx(self.handle, entries, _BATCH, byref(count), 10, False):
+                    for name in entries[1 : 4 * count.value : 4]:
+                        self.operations.pop(name, None)
+        finally:
+            if not self.operations:
+                del _ending[id(self)]
+            for group in self.groups:
+                _CloseHandle(group.handle)
+            _CloseHandle(self.handle)
 
 
-#: Operations whose end was not told. Their memory is given up for lost, rather than given back too early.
-_never_ended: list[dict[int, _Operation]] = []
+#: Operations of ports that are closed, until all have ended. Should the end of some not be told, their memory is given
+#: up for lost, rather than given back too early.
+_ending: dict[int, dict[int, _Operation]] = {}
 
 
 class Backend(Facility):
-    """All of AFD is called by the thread that waits: a change only notes what is new.
+    """Operations are begun and cancelled by the thread that waits: a change only notes what is new.
 
     So a wait under way does not see changes, and the poller interrupts it. Nothing here needs a lock: changes come
     under the poller's, and single operations on a dict are atomic.
@@ -287,6 +300,7 @@ class Backend(Facility):
     name = "afd"
     masks = _MASKS
     sees_changes = False
+    lets_look = False
     wake_fd = -1  # no socket's
 
     __slots__ = (
@@ -339,13 +353,14 @@ class Backend(Facility):
         self._changed[registration] = None
 
     def remove(self, fd: int) -> None:
-        registration = self._sockets.pop(fd, None)
+        registration = self._sockets.get(fd)
         if registration is not None:
             registration.wanted = 0
+            self._changed[registration] = None
+            self._closed.pop(registration, None)
             registration.group.room += 1
             self._vacant[registration.group] = None
-            self._closed.pop(registration, None)
-            self._changed[registration] = None
+            del self._sockets[fd]  # last: should an exception come before, it is watched for nothing, and still there
 
     def disarm(self, fd: int, mask: int) -> None:
         registration = self._sockets.get(fd)
@@ -411,8 +426,7 @@ class Backend(Facility):
                 operation = self._port.operations.get(name)
                 if operation is not None:
                     registration = operation.registration
-                    if self._is_current(operation):
-                        registration.closed |= operation.says_closed()
+                    if not self._note_close(operation) and self._is_current(operation):
                         self._changed[registration] = None
                     self._port.end(operation)
             self._port.looked_at()
@@ -424,23 +438,29 @@ class Backend(Facility):
             operation = self._port.operations.get(name)
             if operation is None:
                 continue  # a wake-up
-            if self._is_current(operation):
-                registration = operation.registration
+            registration = operation.registration
+            if self._note_close(operation):
+                found[registration.fd] = INVALID
+            elif self._is_current(operation):
                 status = operation.status & 0xFFFFFFFF
-                if operation.says_closed():
-                    registration.closed = True
-                    self._closed[registration] = None
-                    bits = INVALID
-                elif status == _CANCELLED:  # not by us, else it were current no more
+                if status == _CANCELLED:  # not by us, else it were current no more
                     bits = 0
                 else:
                     bits = _BITS[operation.events & 0x1FF] if status == _SUCCESS else ERROR
                 if bits:
                     found[registration.fd] = bits
-                if not bits & INVALID:
-                    self._reported[registration] = None
+                self._reported[registration] = None
             self._port.end(operation)
         self._port.looked_at()
+
+    def _note_close(self, operation: _Operation) -> bool:
+        """Whether it tells that a registered socket was closed: true for good, whichever of its operations tells it."""
+        registration = operation.registration
+        if not operation.says_closed() or self._sockets.get(registration.fd) is not registration:
+            return False
+        registration.closed = True
+        self._changed[registration] = None  # where it is told from then on
+        return True
 
     def _is_current(self, operation: _Operation) -> bool:
         """Whether it speaks for the registration that its number has now."""
@@ -457,7 +477,7 @@ class Backend(Facility):
     def _update(self, registration: _Registration) -> None:
         operation, wanted = registration.operation, registration.wanted
         if operation is not None and operation.asked:
-            if operation.asked == wanted:
+            if operation.asked == wanted and not registration.closed:
                 return
             self._port.cancel(operation)
             operation = registration.operation = None

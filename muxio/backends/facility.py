@@ -31,6 +31,8 @@ class Facility:
     sees_changes: bool
     #: Whether the kernel may go on reporting a number after its descriptor was closed (then `verify` and `renew`).
     outlives_close = False
+    #: Whether `wait` may be called to look, with no time, while another thread is in it.
+    lets_look = True
     #: Whether a finite wait is better begun with a look, a wait of no time: it costs less than to ask what time it is.
     looks_first = False
     #: How many seconds late `wait` may be. Where that is more than 0, `wait_finely` is better.

@@ -125,8 +125,11 @@ if sys.platform == "win32":
     import socket
 
     def _is_connected(fd: int) -> bool:
-        """Whether a socket has a peer."""
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)  # the family does not matter here
+        """Whether a socket has a peer; or is closed, which select() will tell."""
+        try:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)  # the family does not matter here
+        except OSError:
+            return True
         try:
             sock.getpeername()
         except OSError as error:
