@@ -42,7 +42,7 @@ _BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}
 
 
 class Connection:
-    """What a handler gets: a blocking socket that counts its bytes.
+    """What a handler gets: a blocking socket that counts its bytes. (On Windows it has a time-out, of weeks.)
 
     ``socket`` is the socket itself, for options; what is received or sent on it directly is not counted. ``peer`` is
     the address that accept() gave.
@@ -86,10 +86,11 @@ class Connection:
         On Windows only closing the socket wakes them (cpython#91913), and what recv() gets there is an error. A send()
         may go on even then [Wine 8.0], so both wait in select(), as Python has it do where there is a timeout.
         """
-        with self._closing, contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        with self._closing:
+            self._ended = sys.platform == "win32"
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
             if sys.platform == "win32":
-                self._ended = True
                 self.socket.close()
 
     def close(self) -> None:
