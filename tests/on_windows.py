@@ -11,7 +11,7 @@ so in one line and is done. The Windows Python is made in DIRECTORY, which takes
 Wine is not Windows, and a test run under it has rules of its own.
 
 - An exit status says nothing: when the wineserver crashes, every program ends with 0 and what it had printed. What
-  counts is the JUnit report that pytest writes last of all.
+  counts is pytest's summary, its last line, and the JUnit report with the figures.
 - Standard streams are pipes or /dev/null, never regular files.
 - The wineserver and Wine's services are started before everything else, or they would keep the first program's pipe
   open.
@@ -186,8 +186,12 @@ def build(wine: Wine) -> None:
 # The run
 
 
+#: The last line of a run that came to its end, and of the process after it.
+SUMMARY = re.compile(r"(=+ )?\d+ .+ in \d+\.\d+s( \(.+\))?( =+)?")
+
+
 class Result(NamedTuple):
-    """What became of a test file. output: what pytest printed. counts: None if there is no report of it."""
+    """What became of a test file. output: what pytest printed. counts: None if it did not come to its end."""
 
     name: str
     seconds: float
@@ -213,7 +217,8 @@ def run(wine: Wine, name: str, options: list[str]) -> Result:
     began = time.monotonic()
     pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
     output = wine.run(*pytest, f"--junitxml=Z:{report}", f"tests/{name}", *options, timeout=TIMEOUT)
-    return Result(name, time.monotonic() - began, output, counts_in(report))
+    ended = SUMMARY.fullmatch(output.rstrip().rpartition("\n")[2])
+    return Result(name, time.monotonic() - began, output, counts_in(report) if ended else None)
 
 
 def counts_in(report: Path) -> dict[str, int] | None:
