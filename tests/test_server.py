@@ -346,6 +346,7 @@ def test_a_server_that_retires_can_be_shut_down(drain: float, ends: str, backend
         assert ask(client) == b"x"
         server.retire(3600)
         wait_until(lambda: refuses(server.server_address))
+        wait_until(lambda: server.stats().connections == 1)  # who asked that, and was accepted, is gone
         assert ask(client) == b"x"
         server.shutdown(drain, wait=False)
         if drain:
