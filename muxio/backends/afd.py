@@ -320,7 +320,8 @@ class Backend(Facility):
         self._sockets: dict[int, _Registration] = {}
         self._interrupted = False
         # Three ordered sets of registrations: to be looked at before the next wait; the same, but after the others, so
-        # that nobody's turn is taken by who had his; and those whose sockets are closed, which is told until `disarm`.
+        # that nobody's turn is taken by who had his; and those whose sockets are closed, which is told until `disarm`:
+        # only the thread that waits knows the last.
         self._changed: dict[_Registration, None] = {}
         self._reported: dict[_Registration, None] = {}
         self._closed: dict[_Registration, None] = {}
@@ -357,7 +358,6 @@ class Backend(Facility):
         if registration is not None:
             registration.wanted = 0
             self._changed[registration] = None
-            self._closed.pop(registration, None)
             registration.group.room += 1
             self._vacant[registration.group] = None
             del self._sockets[fd]  # last: should an exception come before, it is watched for nothing, and still there
@@ -366,7 +366,6 @@ class Backend(Facility):
         registration = self._sockets.get(fd)
         if registration is not None:
             registration.wanted = 0
-            self._closed.pop(registration, None)
             self._changed[registration] = None
 
     def wait(self, timeout: float | None, max_events: int) -> list[tuple[int, int]]:
@@ -413,6 +412,7 @@ class Backend(Facility):
 
     def _recover(self) -> None:
         self._port.cancel_all()
+        self._closed.clear()
         for registration in list(self._sockets.values()):
             registration.operation = None
             self._changed[registration] = None
@@ -482,7 +482,7 @@ class Backend(Facility):
             self._port.cancel(operation)
             operation = registration.operation = None
         if not wanted:
-            self._closed.pop(registration, None)  # removed just when it was found closed
+            self._closed.pop(registration, None)
             if self._sockets.get(registration.fd) is not registration:
                 registration.operation = None  # the two refer to each other, and are done
             return
