@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import socket
 import stat
 import subprocess
 import sys
@@ -114,6 +115,13 @@ def _kept_by_multiprocessing() -> set[int]:
         getattr(server, "_forkserver_alive_fd", None),
     )
     return {number for number in kept if number is not None}
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A listener that somebody else has made."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock
 
 
 LOOKS: tuple[Callable[[], dict[Identity, str]], ...] = (open_descriptors, running_threads, child_processes)

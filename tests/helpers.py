@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import pytest
-
 import muxio
 from muxio.server import Loop, Protocol, Server, ThreadedServer, Transport
 
@@ -50,10 +48,15 @@ def _place_of(condition: Callable[[], object]) -> str:
     return f"{condition.__qualname__} at {code.co_filename}:{code.co_firstlineno}"
 
 
+def open_descriptors() -> int:
+    """How many descriptors this process has open; 0 where there is no list of them. (Wine lists Linux's.)"""
+    return len(os.listdir("/dev/fd")) if sys.platform != "win32" and os.path.isdir("/dev/fd") else 0
+
+
 def open_handles() -> int:
-    """How many descriptors this process has open; on Windows, how many handles of any kind."""
+    """The same; on Windows, how many handles of any kind."""
     if sys.platform != "win32":
-        return len(os.listdir("/dev/fd"))
+        return open_descriptors()
     import ctypes
 
     # Each number is asked for: Wine's GetProcessHandleCount always says 0.
@@ -81,7 +84,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def on_wine() -> bool:
-    """As the conformance suite has it. That is imported late: by a test module, pytest rewrites its assertions."""
+    """As the conformance suite has it. That is imported late: it needs pytest, and programs use this module as well."""
     from muxio.testing import conformance
 
     return conformance.on_wine()
@@ -104,6 +107,8 @@ def receive_reset(sock: socket.socket) -> None:
 def needs_resets() -> None:
     """Skip what follows where nobody is told of a reset by receiving."""
     if on_wine():
+        import pytest
+
         pytest.skip("Wine 8.0 receives b'' where Windows raises ConnectionResetError")
 
 

@@ -14,12 +14,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers import on_wine, wait_until
 
 TIMEOUT = 60.0  # seconds after which a test that waits has failed
 
 LISTENING = re.compile(r"listening on (.+) \((.+)\); Ctrl-C stops")
 
+#: The ways to serve, as arguments.
+WAYS = {
+    "alone": (),
+    "threads": ("--threads",),
+    "workers": ("--workers", "2"),
+    "worker threads": ("--workers", "2", "--worker-threads"),
+}
+
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 #: What asks a program to stop, as a service manager does; Windows has Ctrl-Break for that.
 STOP: int = getattr(signal, "SIGBREAK", signal.SIGTERM)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import os
 import random
 import socket
 import struct
@@ -31,6 +30,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # a clone, if muxio is not installed
 
+from helpers import open_descriptors
 from tokens import DEADLINE, Hall, Registration, Stopped
 
 import muxio
@@ -56,11 +56,6 @@ def private_memory() -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
 
 
-def descriptors() -> int:
-    """How many are open; 0 where the system does not tell."""
-    return len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
-
-
 class Counter:
     """Counts from many threads."""
 
@@ -84,7 +79,7 @@ class Figures:
     @classmethod
     def now(cls) -> Figures:
         gc.collect()
-        return cls(descriptors(), threading.active_count(), private_memory())
+        return cls(open_descriptors(), threading.active_count(), private_memory())
 
     def __str__(self) -> str:
         return f"{self.descriptors} descriptors, {self.threads} threads, {self.memory / 2**20:.2f} MiB private"

@@ -24,8 +24,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))  # a clone, if muxio is not installed
 
 from differential import ANY_PORT, Case, run, run_all, server_under_test
-from helpers import serving, wait_until
-from soak import descriptors
+from helpers import open_descriptors, serving, wait_until
 
 import muxio
 from muxio.server import ThreadedServer
@@ -44,7 +43,7 @@ class Soak:
 
     def run(self, first: int, scripts: int) -> None:
         """Run so many scripts, and print a line for each batch; stop behind one with a failure."""
-        before = descriptors(), threading.active_count()
+        before = open_descriptors(), threading.active_count()
         quiet: int | None = None
         began = time.monotonic()
         with serving(ThreadedServer(ANY_PORT)) as oracle, server_under_test(self.backend) as (subject, ledger):
@@ -55,7 +54,7 @@ class Soak:
                     self.fail(f"the server's books are not even:\n{imbalance}", numbers)
                     self.narrow_down(numbers, oracle)
                 if quiet is None:
-                    quiet = descriptors()
+                    quiet = open_descriptors()
                 elif (left := settled(quiet)) > quiet:
                     self.fail(f"{left} descriptors at a quiet moment, {quiet} at the first one", numbers)
                 print(
@@ -104,10 +103,10 @@ class Soak:
 def settled(descriptors_before: int) -> int:
     """How many descriptors are open when those that are just being closed are closed."""
     try:
-        wait_until(lambda: descriptors() <= descriptors_before)
+        wait_until(lambda: open_descriptors() <= descriptors_before)
     except AssertionError:
         pass
-    return descriptors()
+    return open_descriptors()
 
 
 def main() -> int:

@@ -6,12 +6,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import serving as serving_in_a_thread
-from programs import TIMEOUT, connect, echo, muxio_command, run, serving
+from programs import TIMEOUT, WAYS, connect, echo, every_way, muxio_command, run, serving
 
 from muxio.server import EchoProtocol, Server
 from muxio.server.sockets import file_of, listen, remove_file
@@ -19,23 +18,7 @@ from muxio.server.sockets import file_of, listen, remove_file
 if sys.platform == "win32":
     pytest.skip("Windows hands over no descriptors, and Python has no Unix sockets there", allow_module_level=True)
 
-WAYS = {
-    "alone": (),
-    "threads": ("--threads",),
-    "workers": ("--workers", "2"),
-    "worker threads": ("--workers", "2", "--worker-threads"),
-}
-
-every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract names for Unix sockets")
-
-
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    """A listener that somebody else has made."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        yield sock
 
 
 @every_way

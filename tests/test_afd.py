@@ -310,7 +310,6 @@ def test_an_interrupted_wait_loses_nothing(name: str, stack: ExitStack) -> None:
     theirs.send(b"x")
     assert poller.poll(10) == [("key", READ)]
     for _ in range(3):
-        ours.setblocking(False)
         assert poller.poll(10) == [("key", READ)]
 
 

@@ -6,34 +6,16 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from helpers import BACKENDS, wait_until
 from helpers import serving as serving_in_a_thread
-from programs import TIMEOUT, connect, echo, serving
+from programs import TIMEOUT, connect, echo, every_way, serving
 
 from muxio.server import EchoProtocol, Limits, Server, ThreadedServer, serve
 from muxio.server.listener import ACCEPT_BATCH
 from muxio.server.sockets import resolve
-
-#: The ways to serve, as arguments.
-WAYS = {
-    "alone": (),
-    "threads": ("--threads",),
-    "workers": ("--workers", "2"),
-    "worker threads": ("--workers", "2", "--worker-threads"),
-}
-
-every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-
-
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    """A listener that somebody else has made."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        yield sock
 
 
 @every_way

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import soak_closing
-from helpers import wait_until
+from helpers import open_descriptors, wait_until
 from test_conformance import POLLERS
 from tokens import DEADLINE, Hall
 
@@ -248,12 +248,12 @@ def test_close_in_the_midst_of_it_all_is_a_runtime_error_everywhere(backend: str
     chance = random.Random(seed)
     with ExitStack() as stack, timing.way():
         sources = [readable(stack) for _ in range(3)]
-        before = descriptors()
+        before = open_descriptors()
         number = math.ceil(LENGTH * timing.length * 20)
         pollers = [POLLERS[backend]() for _ in range(number)]  # none is let go before the end
         for poller in pollers:
             close_in_the_midst(poller, sources, after=chance.randrange(30))
-        assert descriptors() == before, f"{backend}, seed {seed}"
+        assert open_descriptors() == before, f"{backend}, seed {seed}"
 
 
 def close_in_the_midst(poller: Poller[Any], sources: list[Any], after: int) -> None:
@@ -283,11 +283,6 @@ def close_in_the_midst(poller: Poller[Any], sources: list[Any], after: int) -> N
         close,
         give_up=poller.close,
     )
-
-
-def descriptors() -> int:
-    """How many descriptors are open, where the system has a list of them. (What Wine lists there are Linux's.)"""
-    return len(os.listdir("/dev/fd")) if sys.platform != "win32" and os.path.isdir("/dev/fd") else 0
 
 
 @each_backend
